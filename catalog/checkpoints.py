@@ -107,7 +107,6 @@ def _runnable(paper: Paper, claim: MeasuredClaim) -> Protocol:
     missing = [
         (claim.model is None, "no public checkpoint"),
         (claim.protocol == UNSTATED, f"protocol unstated: {claim.protocol_note}"),
-        (paper.impl is None, "no implementation yet"),
         (claim.config is None, "its setting is not one the implementation can run"),
         (claim.tolerance is None, "no tolerance stated"),
     ]

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from requant.catalog import bits
 from requant.catalog.entry import MEASURED_KINDS, NO_IMPL, UNSTATED, split_relation
 from requant.catalog.errors import CatalogError, field_name, nearest, shorten
 from requant.catalog.strict_yaml import Document, Where, read_bytes
@@ -65,6 +66,7 @@ def cross_checks(doc: Document, vocab: Vocab, impls: Implementations) -> Errors:
     yield from _vocabulary(doc, vocab)
     yield from _years(doc)
     yield from _implementation(doc, impls)
+    yield from _bits_formula(doc)
     yield from _claim_ids(doc)
     for index, claim in enumerate(doc.value["claims"]):
         yield from _claim(doc, ("claims", index), claim, vocab, impls)
@@ -82,6 +84,11 @@ def _vocabulary(doc: Document, vocab: Vocab) -> Errors:
         yield from _unknown(doc, ("tags", index), tag, "tags", vocab)
     if doc.value["venue"] is not None:
         yield from _unknown(doc, ("venue", "name"), doc.value["venue"]["name"], "venues", vocab)
+    for index, result in enumerate(doc.value.get("independent_results", ())):
+        if result.get("cause") is not None:
+            yield from _unknown(
+                doc, ("independent_results", index, "cause"), result["cause"], "causes", vocab
+            )
 
 
 def _years(doc: Document) -> Errors:
@@ -113,6 +120,26 @@ def _implementation(doc: Document, impls: Implementations) -> Errors:
         yield doc.error(
             ("impl",), f"reference_impls/{impl}.py still says {TODO} on line {line}", value=shorten(impl)
         )
+
+
+def _bits_formula(doc: Document) -> Errors:
+    """The formula can be read, and no claim contradicts it silently."""
+    formula = (doc.value["method"] or {}).get("bits_formula")
+    if formula is None:
+        return
+    where = ("method", "bits_formula")
+    try:
+        bits.names_of(formula)
+        for index, claim in enumerate(doc.value["claims"]):
+            off = bits.mismatch(formula, claim.get("setting", {}))
+            if off is not None and not claim.get("bits_note"):
+                path = ("claims", index, "setting", "effective_bits")
+                message = (
+                    f"is {off[0]:g}, but method.bits_formula gives {off[1]:.4g}; correct one or add bits_note"
+                )
+                yield doc.error(path, message)
+    except bits.FormulaError as problem:
+        yield doc.error(where, str(problem))
 
 
 def _module(doc: Document, path: Where, impl: str, impls: Implementations) -> Errors:

@@ -19,6 +19,7 @@ import torch
 from requant.catalog.checkpoints import NotHere, measure_checkpoint
 from requant.catalog.context import Context, load_impl, make_config
 from requant.catalog.entry import (
+    NO_IMPLEMENTATION,
     BitsClaim,
     Claim,
     FindingClaim,
@@ -81,6 +82,8 @@ def measure(paper: Paper, claim: Claim, options: Options | None = None) -> Measu
     """Measure one claim. Errors of the measurement end in the returned record, not in an exception."""
     began = time.perf_counter()
     try:
+        if paper.impl is None:
+            raise NotHere(NO_IMPLEMENTATION)
         result = _MEASURES[type(claim)](paper, claim, options or Options())
     except NotHere as reason:
         result = _outcome(paper, claim, None, NOT_RUN, str(reason))

@@ -18,6 +18,7 @@ from rich.text import Text
 from requant.catalog.entry import Paper
 from requant.catalog.errors import CatalogError, nearest, one_line
 from requant.catalog.loader import Catalog, check_id, default_folders, load_catalog, orphan_modules
+from requant.catalog.site_cli import app as site_app
 
 app = typer.Typer(
     name="requant",
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(site_app)
 PapersOption = Annotated[
     Path | None, typer.Option("--papers", metavar="DIR", help="Folder of entries (default: the catalog's).")
 ]
@@ -131,6 +133,9 @@ def run(
         bool, typer.Option("--download", help="Fetch the checkpoints and data that claims name.")
     ] = False,
     device: Annotated[str, typer.Option(help="Where checkpoints run: cpu, cuda, ...")] = "cpu",
+    jobs: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Entries measured at once (0: one a core).")
+    ] = 1,
     papers: PapersOption = None,
 ) -> None:
     """Measure claims and print what was reported and measured. Exit code 1 if one is not as expected."""
@@ -142,8 +147,9 @@ def run(
     chosen = [catalog.papers[name] for name in ids] if ids else list(catalog.papers.values())
 
     from requant.catalog import ledger
-    from requant.catalog.claims import Options, measure_all
+    from requant.catalog.claims import Options
     from requant.catalog.files import write_atomic
+    from requant.catalog.parallel import cores, measure_many
     from requant.catalog.report import print_report, progress_text
 
     options = Options(str(models_dir) if models_dir else None, download, device)
@@ -152,12 +158,19 @@ def run(
         _stop(f"no claim of {', '.join(p.id for p in chosen)} matches {claim!r}")
     console, done = _console(), []
     try:
-        for item in measure_all(chosen, options, only=lambda c: claim is None or fnmatchcase(c.id, claim)):
+        for item in measure_many(
+            chosen,
+            catalog.folders.papers,
+            options,
+            only=lambda c: claim is None or fnmatchcase(c.id, claim),
+            jobs=jobs or cores(),
+        ):
             done.append(item)
             console.print(progress_text(item, len(done), len(wanted)))
     except KeyboardInterrupt:
         console.print(Text("stopped; what was measured so far is kept", style="yellow"))
     console.print()
+    done.sort(key=lambda item: item.paper)
     print_report(done, console)
     if json_file is not None:
         write_atomic(json_file, ledger.records_json(done))
@@ -166,6 +179,34 @@ def run(
             typer.echo(f"saved {path.name}")
     if len(done) < len(wanted) or not all(item.ok for item in done):
         raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    form: Annotated[str, typer.Argument(metavar="bibtex|json|csv", help="What to write.")],
+    ids: Annotated[
+        list[str] | None, typer.Argument(metavar="[IDS]...", help="Entries to export (default: all).")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="File, or for json a folder (default: print to the terminal)."),
+    ] = None,
+    papers: PapersOption = None,
+) -> None:
+    """Write the catalog as BibTeX, as JSON (an index and one document an entry), or as CSV (a line a claim)."""
+    forms = ("bibtex", "json", "csv")
+    if form not in forms:
+        hint = nearest(form, forms)
+        _stop(f"{form!r} is not one of {', '.join(forms)}" + (f"; did you mean {hint}?" if hint else ""))
+    catalog = load_catalog(papers, ids=set(ids) if ids else None)
+    _known(ids or (), catalog)
+    for error in catalog.errors:
+        _stop(f"{error}")
+
+    from requant.catalog.export import write_export
+
+    for path in write_export(form, catalog, out):
+        typer.echo(f"wrote {path}")
 
 
 @app.command()

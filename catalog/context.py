@@ -90,9 +90,11 @@ class Context:
         """Quantize a reference model with a method (`none`: leave it) and evaluate it; cached within the process.
 
         This context's seed draws the calibration tokens and, where the method has a seed, is the method's
-        as well.
+        as well. Runs of data-free methods are shared by all seeds and calibration sizes.
         """
-        return _run(impl, json.dumps(dict(config), sort_keys=True), model, protocol, calib, self.seed)
+        data_free = impl == "none" or getattr(load_impl(impl), "DATA_FREE", False)
+        sampling = ((0, 0), 0) if data_free else (calib, self.seed)
+        return _run(impl, json.dumps(dict(config), sort_keys=True), model, protocol, *sampling)
 
 
 @functools.lru_cache(maxsize=16)
@@ -114,5 +116,6 @@ def _run(impl: str, config: str, model: str, protocol: str, calib: tuple[int, in
         overrides = json.loads(config)
         if "seed" in {field.name for field in dataclasses.fields(module.Config)}:
             overrides.setdefault("seed", seed)
-        network = module.quantize(network, context.calib(*calib), make_config(module, overrides))
+        tokens = context.calib(*calib) if calib[0] else None
+        network = module.quantize(network, tokens, make_config(module, overrides))
     return context.evaluate(network, protocol)

@@ -18,6 +18,7 @@ MEASURED_KINDS = ("perplexity", "accuracy", "speed", "memory")
 CLAIM_KINDS = (*MEASURED_KINDS, "ordering", "invariant", "bits", "finding")
 NO_IMPL = "none"  # the implementation that leaves a model as it is
 UNSTATED = "unstated"  # the protocol of a number whose protocol nobody wrote down
+NO_IMPLEMENTATION = "no implementation yet"  # why claims of an entry with impl: null are not run
 
 
 def _nothing() -> Mapping[str, Any]:
@@ -71,6 +72,7 @@ class Difference:
 class Method:
     requires: tuple[str, ...]
     bits: str | None = None
+    bits_formula: str | None = None
     hyperparameters: Settings
     pitfalls: tuple[str, ...] = ()
     paper_vs_code: tuple[Difference, ...] = ()
@@ -155,6 +157,8 @@ class MeasuredClaim(Claim):
     calibration: str | None = None
     config: Settings | None = None
     tolerance: Tolerance | None = None
+    bits_note: str | None = None
+    baselines_note: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +214,8 @@ class FindingClaim(Claim):
     baselines: Mapping[str, float] = field(default_factory=_nothing)
     protocol: str | None = None
     protocol_note: str | None = None
+    bits_note: str | None = None
+    baselines_note: str | None = None
 
     @property
     def order(self) -> tuple[str, ...]:

@@ -10,9 +10,12 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from requant.catalog.claims import Measurement
 from requant.catalog.files import write_atomic
+
+if TYPE_CHECKING:  # reading a ledger needs no torch
+    from requant.catalog.claims import Measurement
 
 MEASURED = Path(__file__).parent / "measured"
 PACKAGES = ("requant", "torch", "transformers", "tokenizers", "triton", "lm-eval")

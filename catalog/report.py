@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from requant.catalog.claims import CONTRADICTED, NOT_RUN, REPRODUCED, Measurement
+from requant.catalog.entry import NO_IMPLEMENTATION
 
 _STYLE = {REPRODUCED: "green", CONTRADICTED: "red", NOT_RUN: "yellow"}
 _MARK = {REPRODUCED: "=", CONTRADICTED: "x", NOT_RUN: "-"}  # states stay apart without colour
@@ -43,25 +45,37 @@ def state_text(measurement: Measurement, note: str = "") -> Text:
 
 
 def claims_table(measurements: Sequence[Measurement]) -> tuple[Table, list[str]]:
-    """Rows in the order measured, grouped by paper, and the reasons that the numbers in brackets stand for."""
+    """Rows in the order measured, grouped by paper, and the reasons that the numbers in brackets stand for.
+
+    An entry without an implementation takes one row.
+    """
     table = Table(header_style="bold", pad_edge=False, box=None)
     for name, options in (
         ("paper, claim", {"no_wrap": True}), ("reported", {}), ("measured", {}), ("state", {"no_wrap": True}),
         ("s", {"justify": "right", "no_wrap": True}),
     ):  # fmt: skip
         table.add_column(name, **options)
-    paper, reasons = None, []
-    for item in measurements:
-        if item.paper != paper:
-            paper = item.paper
-            table.add_row(Text(paper, style="bold"))
-        note = ""
-        if item.state == NOT_RUN:
-            if item.reason not in reasons:
-                reasons.append(item.reason)
-            note = str(reasons.index(item.reason) + 1)
-        cells = (f"  {item.claim}", number(item.reported), measured_text(item))
-        table.add_row(*(Text(cell) for cell in cells), state_text(item, note), f"{item.seconds:.1f}")
+    reasons: list[str] = []
+
+    def note(item: Measurement) -> str:
+        if item.state != NOT_RUN:
+            return ""
+        if item.reason not in reasons:
+            reasons.append(item.reason)
+        return str(reasons.index(item.reason) + 1)
+
+    for paper, group in groupby(measurements, key=lambda item: item.paper):
+        items = list(group)
+        if all(item.state == NOT_RUN and item.reason == NO_IMPLEMENTATION for item in items):
+            name = Text.assemble((paper, "bold"), f" ({len(items)} claims)")
+            table.add_row(name, "", "", state_text(items[0], note(items[0])), "")
+            continue
+        table.add_row(Text(paper, style="bold"))
+        for item in items:
+            cells = (f"  {item.claim}", number(item.reported), measured_text(item))
+            table.add_row(
+                *(Text(cell) for cell in cells), state_text(item, note(item)), f"{item.seconds:.1f}"
+            )
     return table, reasons
 
 

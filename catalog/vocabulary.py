@@ -1,15 +1,15 @@
-"""The vocabularies: tags, venues, models, datasets, protocols, calibration sets; each id is defined once."""
+"""The vocabularies: tags, venues, causes, models, datasets, protocols, calibration sets; each id is defined once."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from requant.catalog.entry import Claim, MeasuredClaim, freeze
-from requant.catalog.errors import CatalogError, nearest
+from requant.catalog.errors import CatalogError, nearest, shorten
 from requant.catalog.schemas import check_schema
 from requant.catalog.strict_yaml import read_yaml
 
@@ -18,7 +18,7 @@ VOCAB_DIR = Path(__file__).parent / "vocab"
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
-    """A tag or a venue."""
+    """A tag, a venue or a cause."""
 
     id: str
     description: str
@@ -75,15 +75,44 @@ class Calibration:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ForeignResult:
+    """A measurement by others of a method without an entry, or of an unquantized model.
+
+    reported: the published number it was compared with; value: what was measured.
+    """
+
+    method: str
+    model: str | None
+    model_name: str | None
+    dataset: str | None
+    setting: str
+    metric: str
+    reported: float | None
+    value: float | None
+    cause: str | None
+    cause_status: str | None
+    verdict: str | None
+    note: str | None
+    url: str | None
+    seen_at: str | None
+    evidence: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Vocab:
-    """All vocabularies by id. A protocol stays the mapping of its file; `protocols.py` gives it meaning."""
+    """All vocabularies by id. A protocol stays the mapping of its file; `protocols.py` gives it meaning.
+
+    independent: measurements that belong to no entry.
+    """
 
     tags: Mapping[str, Term]
     venues: Mapping[str, Term]
+    causes: Mapping[str, Term]
     models: Mapping[str, Model]
     datasets: Mapping[str, Dataset]
     protocols: Mapping[str, Mapping[str, Any]]
     calibrations: Mapping[str, Calibration]
+    independent: tuple[ForeignResult, ...] = ()
 
     def suggest(self, kind: str, value: object) -> str | None:
         """The id of vocabulary `kind` most like `value`, where an alias counts as its id."""
@@ -103,6 +132,7 @@ class Vocab:
 _TERMS: dict[str, Any] = {
     "tags": Term,
     "venues": Term,
+    "causes": Term,
     "models": Model,
     "datasets": Dataset,
     "calibrations": Calibration,
@@ -119,6 +149,7 @@ def load_vocab(folder: Path | None = None) -> Vocab:
         kind: _load(folder / f"{kind}.yaml", kind, maker) for kind, maker in _TERMS.items()
     }
     vocab = Vocab(protocols=_load_protocols(folder / "protocols.yaml"), **parts)
+    vocab = replace(vocab, independent=_load_independent(folder / "independent.yaml", vocab))
     for calibration in vocab.calibrations.values():
         if calibration.dataset not in vocab.datasets:
             message = f"{calibration.id} names the dataset {calibration.dataset!r}, not in datasets.yaml"
@@ -138,6 +169,21 @@ def _load(file: Path, kind: str, maker: Any) -> Mapping[str, Any]:
             names.add(name)
         terms[row["id"]] = maker(**freeze(row))
     return MappingProxyType(terms)
+
+
+def _load_independent(file: Path, vocab: Vocab) -> tuple[ForeignResult, ...]:
+    """The file is optional: a small catalog may have no such results."""
+    if not file.exists():
+        return ()
+    doc = read_yaml(file)
+    check_schema(doc, "independent")
+    for index, row in enumerate(doc.value["results"]):
+        for key, terms in (("model", vocab.models), ("dataset", vocab.datasets), ("cause", vocab.causes)):
+            if row[key] is not None and row[key] not in terms:
+                hint = vocab.suggest(f"{key}s", row[key])
+                message = f"is not in vocab/{key}s.yaml"
+                raise doc.error(("results", index, key), message, value=shorten(row[key]), suggestion=hint)
+    return tuple(ForeignResult(**row) for row in doc.value["results"])
 
 
 def _load_protocols(file: Path) -> Mapping[str, Mapping[str, Any]]:

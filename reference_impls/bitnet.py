@@ -92,7 +92,7 @@ def binarize(W: Tensor, n_groups: int = 1, dim: int = 0) -> tuple[Tensor, Tensor
 
 
 def _restore(positive: Tensor, beta: Tensor, dim: int) -> Tensor:
-    return torch.where(positive, beta, -beta).flatten(dim, dim + 1)
+    return ((2 * positive.to(beta.dtype) - 1) * beta).flatten(dim, dim + 1)
 
 
 def normalize(x: Tensor, n_groups: int = 1) -> Tensor:

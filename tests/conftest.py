@@ -1,13 +1,25 @@
-"""Options, determinism, visible progress and the closing table of `pytest -k paper`."""
+"""Options, determinism, visible progress and the closing table of `pytest -k paper`.
+
+Tests run in as many processes as there are cores (pytest-xdist), each with one thread: the bits of a result then do
+not depend on the number of cores. Claims of one entry share quantized models, so they stay in one process.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-MEASUREMENTS = pytest.StashKey[list]()
+if not torch.cuda.is_available():  # has to be there before triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from requant.catalog.claims import NOT_RUN, Measurement
+from requant.catalog.ledger import record, records_json
+
+MEASUREMENTS = pytest.StashKey[list[Measurement]]()
+PROPERTY = "measurement"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -19,61 +31,70 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[MEASUREMENTS] = []
+    torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     config.pluginmanager.register(ClaimProgress(config))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of one file in one process, where no closer group is named: they share fixtures."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def _measurement(report: pytest.TestReport) -> Measurement | None:
+    """The measurement a test of a claim made, which may have run in another process."""
+    found = dict(report.user_properties).get(PROPERTY) if report.when == "call" else None
+    return None if found is None else Measurement(**found)
+
+
 class ClaimProgress:
-    """One line a claim while it is measured, in place of a dot: id at the start, state and seconds at the end."""
+    """One line a measured claim, in place of a dot; claims that are not run keep their letter."""
 
     def __init__(self, config: pytest.Config):
         self.config = config
 
-    def _mine(self, nodeid: str) -> bool:
-        return "test_paper_claims.py::test_claim[" in nodeid and self.config.get_verbosity() == 0
-
-    @property
-    def _terminal(self):
-        return self.config.pluginmanager.get_plugin("terminalreporter")
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_runtest_logstart(self, nodeid: str) -> None:
-        if self._mine(nodeid) and self._terminal:
-            # the writer itself, so that pytest does not repeat the file name before every line
-            self._terminal._tw.write(f"\n  {nodeid.rpartition('[')[2].rstrip(']')} ")
+    def _line(self, report: pytest.TestReport) -> Measurement | None:
+        item = _measurement(report)
+        loud = self.config.get_verbosity() == 0 and item is not None and item.state != NOT_RUN
+        return item if loud or (item is not None and item.failed) else None
 
     @pytest.hookimpl(wrapper=True)
     def pytest_report_teststatus(self, report: pytest.TestReport):
         category, letter, word = yield
-        return (category, "", "") if self._mine(report.nodeid) else (category, letter, word)
+        return (category, "", "") if self._line(report) else (category, letter, word)
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        done = self.config.stash[MEASUREMENTS]
-        if report.when == "call" and self._mine(report.nodeid) and self._terminal and done:
-            item = done[-1]
-            colour = {
-                "green": item.state == "reproduced",
-                "yellow": item.state == "not run",
-                "red": not item.ok,
-            }
-            self._terminal._tw.write(f"{item.state} {item.seconds:.1f} s", **colour)
+        item = _measurement(report)
+        if item is None:
+            return
+        self.config.stash[MEASUREMENTS].append(item)
+        terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+        if terminal and self._line(report):
+            # the writer itself, so that pytest does not repeat the file name before every line
+            colour = {"red": not item.ok, "green": item.ok and item.state == "reproduced"}
+            terminal._tw.write(f"\n  {item.paper}-{item.claim} ")
+            terminal._tw.write(f"{item.state} {item.seconds:.1f} s", **colour)
 
 
 @pytest.fixture
-def measurements(request: pytest.FixtureRequest) -> list:
-    """Measurements of this session, for the closing table."""
-    return request.config.stash[MEASUREMENTS]
+def keep(request: pytest.FixtureRequest):
+    """Function that keeps a measurement for the closing table, also from another process."""
+    return lambda item: request.node.user_properties.append((PROPERTY, record(item)))
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Config) -> None:
-    done = config.stash[MEASUREMENTS]
+    done = sorted(
+        config.stash[MEASUREMENTS], key=lambda item: item.paper
+    )  # claims of one entry stay in order
     if not done:
         return
     from rich.console import Console
 
     from requant.catalog.files import write_atomic
-    from requant.catalog.ledger import records_json
     from requant.catalog.report import print_report
 
     writer = terminalreporter._tw

@@ -16,7 +16,10 @@ CLAIMS = [(paper, claim) for paper in load_catalog().papers.values() for claim i
 
 
 def _params(pairs: list[tuple[Paper, Claim]]) -> list:
-    return [pytest.param(paper, claim, id=f"{paper.id}-{claim.id}") for paper, claim in pairs]
+    return [
+        pytest.param(paper, claim, id=f"{paper.id}-{claim.id}", marks=pytest.mark.xdist_group(paper.id))
+        for paper, claim in pairs
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -27,9 +30,9 @@ def options(request: pytest.FixtureRequest) -> Options:
 
 
 @pytest.mark.parametrize(("entry", "claim"), _params(CLAIMS))
-def test_claim(entry: Paper, claim: Claim, options: Options, measurements: list) -> None:
+def test_claim(entry: Paper, claim: Claim, options: Options, keep) -> None:
     result = measure(entry, claim, options)
-    measurements.append(result)
+    keep(result)
     assert not result.failed, result.reason
     if result.state == NOT_RUN:
         pytest.skip(result.reason)

@@ -101,6 +101,17 @@ def test_calibration_is_asked_for_exactly_where_the_entry_says(
             MODULES[name].quantize(tiny, None, small_config(name))
 
 
+@pytest.mark.parametrize("name", with_("DATA_FREE"))
+def test_data_free_means_that_neither_tokens_nor_seeds_matter(
+    name: str, tiny: nn.Module, calib: Tensor
+) -> None:
+    assert requires(name) == ("none",)
+    assert "seed" not in fields(name)
+    with_tokens, without = (MODULES[name].quantize(tiny, x, small_config(name)) for x in (calib, None))
+    with torch.no_grad():
+        assert torch.equal(with_tokens(calib[:2]).logits, without(calib[:2]).logits)
+
+
 @pytest.mark.parametrize("name", [name for name in with_("quantize_weight") if "w_bits" in fields(name)])
 def test_error_falls_as_bits_grow(name: str, layer: tuple[Tensor, Tensor]) -> None:
     W, H = layer

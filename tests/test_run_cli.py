@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from requant.catalog import ledger
+from requant.catalog import ledger, parallel
+from requant.catalog.claims import measure
 from requant.catalog.cli import app
+from requant.catalog.loader import load_catalog
 
 RUNNER = CliRunner()
 KEYS = {"paper", "claim", "kind", "reported", "measured", "state", "reason", "seconds", "protocol"}
@@ -21,14 +25,17 @@ def run(*arguments: str):
 
 def test_one_record_a_claim(tmp_path: Path) -> None:
     target = tmp_path / "claims.json"
-    result = run("rtn", "--claim", "*w4*", "--json", str(target))
+    result = run("rtn", "--claim", "*_w4_g128", "--json", str(target))
     assert result.exit_code == 0, result.output
     records = json.loads(target.read_text())
-    assert [item["claim"] for item in records] == ["opt125m_w4", "llama7b_w4", "bits_w4_g128"]
+    claims = [claim for claim in load_catalog().papers["rtn"].claims if claim.id.endswith("_w4_g128")]
+    assert [item["claim"] for item in records] == [claim.id for claim in claims]
     assert all(set(item) >= KEYS for item in records)
-    assert [item["state"] for item in records] == ["not run", "not run", "reproduced"]
+    states = {item["claim"]: item["state"] for item in records}
+    assert states.pop("bits_w4_g128") == "reproduced"
+    assert set(states.values()) == {"not run"}
     assert "no checkpoint of facebook/opt-125m here" in result.output
-    assert "3 claims: 1 reproduced, 2 not run" in result.output
+    assert f"{len(claims)} claims: 1 reproduced, {len(claims) - 1} not run" in result.output
 
 
 def test_save_adds_to_the_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,3 +54,35 @@ def test_what_does_not_exist_is_one_line(arguments: tuple[str, ...], hint: str, 
     assert result.exit_code == 2
     assert "Traceback" not in result.output
     assert hint in result.output + (result.stderr if result.stderr_bytes else "")
+
+
+def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
+    def measured(jobs: int) -> dict[tuple[str, str], object]:
+        target = tmp_path / f"{jobs}.json"
+        result = run("rtn", "gptq", "--claim", "*w3_g128", "--jobs", str(jobs), "--json", str(target))
+        assert result.exit_code == 0, result.output
+        return {(item["paper"], item["claim"]): item["measured"] for item in json.loads(target.read_text())}
+
+    assert measured(2) == measured(1)
+
+
+def test_a_process_that_dies_is_an_error_of_its_claims(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [load_catalog().papers[name] for name in ("gptq", "rtn")]
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, workers: int, **_how: object) -> None:
+            super().__init__(workers)
+
+    def die(*_arguments: object) -> None:
+        raise BrokenProcessPool("killed")
+
+    monkeypatch.setattr(parallel, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(parallel, "_measure_entry", die)
+    found = list(parallel.measure_many(entries, Path("unused"), only=lambda c: c.kind == "bits", jobs=2))
+    assert found and not any(item.ok for item in found)
+    assert all("process died" in item.reason for item in found)
+
+
+def test_an_entry_without_implementation_says_so() -> None:
+    planned = next(entry for entry in load_catalog().papers.values() if entry.impl is None)
+    assert {measure(planned, claim).reason for claim in planned.claims} == {"no implementation yet"}
