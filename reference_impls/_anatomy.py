@@ -101,10 +101,14 @@ def block_anatomies(model: nn.Module) -> list[BlockAnatomy]:
 
 
 def require_pre_norm(model: nn.Module) -> None:
-    """Raise where norms come after the sublayer (OPT-350M): nothing can be folded into them."""
+    """Raise where a norm's output is not used by linears alone: nothing can be folded into such a norm."""
     if getattr(model.config, "do_layer_norm_before", True) is False:
         raise UnsupportedModelError(
             "this model normalises after each sublayer (OPT-350M does); a scale cannot be folded into its norms"
+        )
+    if getattr(model.config, "apply_residual_connection_post_layernorm", False):  # a Bloom option
+        raise UnsupportedModelError(
+            "this model adds norm outputs to its residual stream (a Bloom option); they cannot be scaled"
         )
 
 

@@ -298,10 +298,6 @@ def transform(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
     """
     _walk.check_calib(calib)
     require_pre_norm(model)
-    if getattr(model.config, "apply_residual_connection_post_layernorm", False):  # a Bloom option
-        raise _walk.UnsupportedModelError(
-            "this model adds norm outputs to the residual stream; no scale fits"
-        )
     model = _walk.copy_model(model)
     for block in walk_blocks(model, calib[: cfg.search_samples], propagate="original"):
         transform_block(block, cfg)

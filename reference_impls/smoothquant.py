@@ -144,10 +144,6 @@ def smooth(model: nn.Module, calib: Tensor, alpha: float) -> nn.Module:
     Raises: UnsupportedModelError where a norm's output is not used by linears alone.
     """
     require_pre_norm(model)
-    if getattr(model.config, "apply_residual_connection_post_layernorm", False):
-        raise UnsupportedModelError(
-            "this model adds norm outputs to its residual stream; they cannot be scaled"
-        )
     check_calib(calib)
     model = copy_model(model)
     peaks = channel_peaks(model, calib)

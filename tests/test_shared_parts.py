@@ -141,6 +141,14 @@ def test_post_norm_models_are_refused() -> None:
         require_pre_norm(AutoModelForCausalLM.from_config(config))
 
 
+def test_bloom_that_adds_norm_outputs_to_the_stream_is_refused() -> None:
+    config = BloomConfig(
+        hidden_size=64, n_layer=1, n_head=4, vocab_size=128, apply_residual_connection_post_layernorm=True
+    )
+    with pytest.raises(UnsupportedModelError, match="residual stream"):
+        require_pre_norm(AutoModelForCausalLM.from_config(config))
+
+
 @pytest.mark.parametrize(
     "calib", [None, torch.zeros(4, dtype=torch.long), torch.zeros(2, 3), torch.zeros(0, 4, dtype=torch.long)]
 )
