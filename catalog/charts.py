@@ -10,7 +10,7 @@ from requant.catalog.bits import effective_bits
 from requant.catalog.entry import MeasuredClaim, Paper, Source
 from requant.catalog.schemas import check_schema
 from requant.catalog.strict_yaml import read_yaml
-from requant.catalog.vocabulary import VOCAB_DIR
+from requant.catalog.vocabulary import VOCAB_DIR, Model
 
 PERPLEXITY = "token_perplexity"
 Printed = tuple[Paper, MeasuredClaim, float]
@@ -86,7 +86,7 @@ def load_seed_list(folder: Path | None = None) -> SeedList:
     return SeedList(doc.value["source"], rows, tuple(charts))
 
 
-def pareto_points(papers: Iterable[Paper]) -> list[Point]:
+def pareto_points(papers: Iterable[Paper], models: Mapping[str, Model]) -> list[Point]:
     """Weight-only perplexities of the entries' own methods against bits per weight, all models and protocols.
 
     Compare points of one model under one protocol only.
@@ -96,7 +96,7 @@ def pareto_points(papers: Iterable[Paper]) -> list[Point]:
         for claim in paper.claims:
             if not _weight_only_perplexity(claim) or paper.method is None:
                 continue
-            bits = effective_bits(paper, claim)
+            bits = effective_bits(paper, claim, models)
             if bits is not None:
                 points.append(_point(paper, claim, paper.id, claim.value, *bits))
     return points

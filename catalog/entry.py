@@ -27,10 +27,13 @@ def _nothing() -> Mapping[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Venue:
+    """Where it was published. A year before that of the arXiv id needs a `note`."""
+
     name: str
     year: int
     track: str | None = None
     url: str | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +160,7 @@ class MeasuredClaim(Claim):
     calibration: str | None = None
     config: Settings | None = None
     tolerance: Tolerance | None = None
+    bits_formula: str | None = None
     bits_note: str | None = None
     baselines_note: str | None = None
 
@@ -214,6 +218,7 @@ class FindingClaim(Claim):
     baselines: Mapping[str, float] = field(default_factory=_nothing)
     protocol: str | None = None
     protocol_note: str | None = None
+    bits_formula: str | None = None
     bits_note: str | None = None
     baselines_note: str | None = None
 

@@ -105,7 +105,7 @@ def paper_document(paper: Paper, vocab: Vocab, verdicts: Verdicts) -> dict[str, 
 def _claim_document(paper: Paper, claim: Claim, vocab: Vocab, verdicts: Verdicts) -> dict[str, Any]:
     plain = {key: value for key, value in as_plain(claim).items() if value is not None}
     if isinstance(claim, MeasuredClaim | FindingClaim):
-        bits = effective_bits(paper, claim)
+        bits = effective_bits(paper, claim, vocab.models)
         plain["bits"] = None if bits is None else {"value": bits[0], "known": bits[1]}
     plain["calibrated_on_test_corpus"] = vocab.leaks(claim)
     others = [as_plain(item) for item in paper.independent_results if item.claim == claim.id]
@@ -135,20 +135,22 @@ def index_document(papers: Iterable[Paper], verdicts: Verdicts) -> dict[str, Any
 # --- CSV
 
 
-def claims_csv(papers: Iterable[Paper], verdicts: Verdicts) -> str:
+def claims_csv(papers: Iterable[Paper], vocab: Vocab, verdicts: Verdicts) -> str:
     """One line a claim, columns CSV_COLUMNS; cells that a spreadsheet would run as a formula are quoted."""
     text = io.StringIO()
     writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
     for paper in papers:
         for claim in paper.claims:
-            writer.writerow({key: _cell(value) for key, value in _row(paper, claim, verdicts).items()})
+            row = _row(paper, claim, vocab, verdicts)
+            writer.writerow({key: _cell(value) for key, value in row.items()})
     return text.getvalue()
 
 
-def _row(paper: Paper, claim: Claim, verdicts: Verdicts) -> dict[str, Any]:
+def _row(paper: Paper, claim: Claim, vocab: Vocab, verdicts: Verdicts) -> dict[str, Any]:
     found = verdict(paper, claim, verdicts)
-    bits = effective_bits(paper, claim) if isinstance(claim, MeasuredClaim | FindingClaim) else None
+    weighed = isinstance(claim, MeasuredClaim | FindingClaim)
+    bits = effective_bits(paper, claim, vocab.models) if weighed else None
     direct = ("kind", "statement", "model", "dataset", "protocol", "metric", "value")
     return {
         "entry": paper.id, "claim": claim.id, **{key: getattr(claim, key, None) for key in direct},
@@ -181,7 +183,7 @@ def write_export(form: str, catalog: Catalog, out: Path | None) -> list[Path]:
     papers = list(catalog.papers.values())
     verdicts = saved_verdicts(papers)
     if form != "json":
-        text = bibtex(papers) if form == "bibtex" else claims_csv(papers, verdicts)
+        text = bibtex(papers) if form == "bibtex" else claims_csv(papers, catalog.vocab, verdicts)
         return _deliver({"": text}, out)
     documents = {"index.json": index_document(papers, verdicts)}
     documents |= {

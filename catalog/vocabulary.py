@@ -27,7 +27,11 @@ class Term:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A checkpoint. `params` is the number its name states; None stands for unknown everywhere."""
+    """A checkpoint. `params` is the number its name states; None stands for unknown everywhere.
+
+    linears: (d_out, d_in, how many) of the linears of one of its `n_blocks` decoder blocks; empty if unknown.
+    embeddings: parameters of embeddings and head.
+    """
 
     id: str
     description: str
@@ -38,11 +42,16 @@ class Model:
     revision: str | None
     size_bytes: int | None
     evidence: str
+    linears: tuple[tuple[int, int, int], ...] = ()
+    n_blocks: int | None = None
+    embeddings: int | None = None
     aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
+    """A text or a task; `lm_eval_task` is the task of lm-eval that measures accuracy on it."""
+
     id: str
     description: str
     repo: str | None
@@ -51,6 +60,8 @@ class Dataset:
     availability: str
     replacement: str | None
     evidence: str
+    lm_eval_task: str | None = None
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

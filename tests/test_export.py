@@ -66,11 +66,11 @@ def test_a_claim_without_implementation_says_so() -> None:
 
 
 def test_csv_has_a_line_a_claim_and_runs_no_formula() -> None:
-    rows = list(csv.DictReader(io.StringIO(export.claims_csv([*ENTRIES], {}))))
+    rows = list(csv.DictReader(io.StringIO(export.claims_csv([*ENTRIES], CATALOG.vocab, {}))))
     assert len(rows) == sum(len(entry.claims) for entry in ENTRIES)
     claim = dataclasses.replace(ENTRIES[0].claims[0], statement='=HYPERLINK("http://x")')
     (row,) = csv.DictReader(
-        io.StringIO(export.claims_csv([dataclasses.replace(ENTRIES[0], claims=(claim,))], {}))
+        io.StringIO(export.claims_csv([dataclasses.replace(ENTRIES[0], claims=(claim,))], CATALOG.vocab, {}))
     )
     assert row["statement"].startswith("'=")
 

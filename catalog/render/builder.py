@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from requant.catalog.render.site import SiteError, render
 SITE = ROOT / "site"
 BUILD = ROOT / "build"
 DEFAULT_URL = "https://requant.example/"
-_NEEDS_NOTHING_NEWER = {"NO_MKDOCS_2_WARNING": "1", "SOURCE_DATE_EPOCH": "0", "PYTHONHASHSEED": "0"}
+FIXED = {"NO_MKDOCS_2_WARNING": "1", "SOURCE_DATE_EPOCH": "0", "PYTHONHASHSEED": "0"}
 
 
 def build(
@@ -33,11 +34,13 @@ def build(
     """
     content = checked(catalog, measured, skip_broken)
     out = out or BUILD
-    docs, site = out / "docs", out / "site"
     out.mkdir(parents=True, exist_ok=True)
-    render(content, docs, SITE / "docs", site_url, cards)
-    run_mkdocs(["build", "--strict", "--quiet", "--site-dir", str(site.resolve())], docs, site_url)
-    return site
+    render(content, out / "docs", SITE / "docs", site_url, cards)
+    shutil.copyfile(SITE / "mkdocs.yml", out / "mkdocs.yml")
+    shutil.rmtree(out / "overrides", ignore_errors=True)
+    shutil.copytree(SITE / "overrides", out / "overrides")
+    run_mkdocs(out / "mkdocs.yml", site_url)
+    return out / "site"
 
 
 def checked(catalog: Catalog, measured: Path | None = None, skip_broken: bool = False) -> Content:
@@ -50,20 +53,10 @@ def checked(catalog: Catalog, measured: Path | None = None, skip_broken: bool = 
     return prepare(catalog, measured)
 
 
-def run_mkdocs(arguments: list[str], docs: Path, site_url: str, capture: bool = True) -> None:
-    """Run MkDocs with the project's configuration. Raises: SiteError with its output if it fails."""
-    command = [
-        sys.executable,
-        "-m",
-        "mkdocs",
-        arguments[0],
-        "--config-file",
-        str(SITE / "mkdocs.yml"),
-        *arguments[1:],
-    ]
-    places = {"REQUANT_DOCS_DIR": str(docs.resolve()), "REQUANT_SITE_URL": site_url}
-    found = subprocess.run(
-        command, env=os.environ | _NEEDS_NOTHING_NEWER | places, capture_output=capture, text=True
-    )
+def run_mkdocs(config: Path, site_url: str) -> None:
+    """Build what a configuration describes. Raises: SiteError with MkDocs' own words if it finds anything wrong."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--config-file", str(config)]
+    environment = os.environ | FIXED | {"REQUANT_SITE_URL": site_url}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True)
     if found.returncode:
-        raise SiteError(f"mkdocs failed:\n{(found.stdout or '') + (found.stderr or '')}")
+        raise SiteError(f"mkdocs failed:\n{found.stdout}{found.stderr}")

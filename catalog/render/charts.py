@@ -152,7 +152,12 @@ def _points(rows: Sequence[Point], methods: list[str], x: alt.X) -> alt.Chart:
 
 def _pareto_spec(rows: Sequence[Point], methods: list[str]) -> alt.LayerChart:
     """Points, the front as a dashed line, and a label at each method's first point on it."""
-    x = alt.X("bits:Q", title="bits per weight", scale=alt.Scale(zero=False, nice=False, padding=16))
+    x = alt.X(
+        "bits:Q",
+        title="bits per weight",
+        axis=alt.Axis(tickMinStep=0.5, format="~g"),
+        scale=alt.Scale(zero=False, nice=False, padding=16),
+    )
     y = alt.Y("value:Q", scale=_value_scale(rows))
     front = _front(rows)
     first = list({row.method: row for row in reversed(front)}.values())
@@ -181,12 +186,13 @@ def _value_scale(rows: Sequence[Point]) -> alt.Scale:
 
 def _svg(chart: alt.Chart | alt.LayerChart) -> str:
     """The chart as SVG on a transparent ground; the same input gives the same text."""
+    axis = {name: INK for name in ("labelColor", "titleColor", "domainColor", "tickColor")}
     chart = (
         chart.configure(background="transparent", font="sans-serif")
-        .configure_axis(labelColor=INK, titleColor=INK, domainColor=INK, tickColor=INK, gridColor=GRID, labelFontSize=12, titleFontSize=13)
+        .configure_axis(**axis, gridColor=GRID, labelFontSize=12, titleFontSize=13)
         .configure_legend(labelColor=INK, labelFontSize=12)
         .configure_view(strokeOpacity=0)
-    )  # fmt: skip
+    )
     return vl_convert.vegalite_to_svg(chart.to_json(validate=False), vl_version="6.4")
 
 

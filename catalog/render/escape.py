@@ -56,8 +56,15 @@ def plain(text: str, limit: int = 300) -> str:
 
 
 def front_matter(values: Mapping[str, Any]) -> str:
-    """Page settings as YAML, every value as JSON on one line."""
-    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+    """Page settings as YAML, every value as JSON on a line of its own."""
+    lines = []
+    for key, value in values.items():
+        items = (
+            [f"  - {json.dumps(item, ensure_ascii=False)}" for item in value]
+            if isinstance(value, list)
+            else []
+        )
+        lines += [f"{key}:", *items] if items else [f"{key}: {json.dumps(value, ensure_ascii=False)}"]
     return "\n".join(["---", *lines, "---", ""])
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from xml.etree import ElementTree as ET
 
-from requant.catalog.entry import Paper
+from requant.catalog.charts import Point
+from requant.catalog.consistency import disagreements
+from requant.catalog.entry import Paper, as_plain
 from requant.catalog.export import bibtex, bibtex_entry, claims_csv, index_document, paper_document
 from requant.catalog.render.content import Content
 from requant.catalog.render.escape import clean, number
@@ -25,8 +30,23 @@ def api_files(content: Content) -> Iterator[tuple[str, str]]:
         yield f"api/v1/entries/{paper.id}.json", _json(paper_document(paper, content.vocab, content.ledger))
         if text := bibtex_entry(paper):
             yield f"papers/{paper.id}.bib", text
-    yield "api/v1/claims.csv", claims_csv(papers, content.ledger)
+    yield "api/v1/claims.csv", claims_csv(papers, content.vocab, content.ledger)
     yield "requant.bib", bibtex(papers)
+    yield "api/v1/disagreements.json", _json([as_plain(item) for item in disagreements(papers)])
+
+
+def chart_csv(points: Iterable[Point]) -> str:
+    """The numbers of a chart, one line a point."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = [item.name for item in fields(Point)]
+    writer.writerow(names)
+    for point in points:
+        cells = (getattr(point, name) for name in names)
+        writer.writerow(
+            f"'{cell}" if isinstance(cell, str) and cell[:1] in tuple("=+-@") else cell for cell in cells
+        )
+    return text.getvalue()
 
 
 def feed(content: Content, site_url: str) -> str:
@@ -80,7 +100,8 @@ def _verdicts(content: Content) -> Iterator[tuple[str, str, str, str]]:
                 measured = claim.verdict.measured
                 value = number(measured) if measured is not None else "several values"
                 title = f"{view.paper.id} {claim.claim.id}: {claim.verdict.state}"
-                text = f"{claim.claim.statement} Reported {claim.reported}, measured {value}; protocol {claim.protocol}."
+                text = f"{claim.claim.statement} Reported {claim.reported}, measured {value}"
+                text += f", under {claim.protocol}." if claim.protocol else "."
                 yield str(date), f"papers/{view.paper.id}.html#claim-{claim.claim.id}", title, text
 
 

@@ -14,9 +14,11 @@ from requant.catalog.render.entry_page import entry_page
 from requant.catalog.render.escape import front_matter, number, plain, slug
 from requant.catalog.render.page import Page, heading, html
 from requant.catalog.render.sources import kernels
-from requant.catalog.render.verdicts import ICONS, STATES
-from requant.catalog.render.view import PaperView
+from requant.catalog.render.verdicts import ICONS, STATES, tally
+from requant.catalog.render.view import Group, PaperView
 
+MOST = 100  # disagreements on their page, the widest first; the file beside it has all
+MOST_ROWS = 100  # numbers below a chart; the file beside it has all
 WHOLE_WIDTH = ("navigation", "toc")
 KNOWLEDGE = ("id", "title", "summary", "expected", "baselines", "notes", "superseded_by")
 
@@ -27,6 +29,7 @@ def all_pages(content: Content, charts: Mapping[str, Chart]) -> Iterator[Page]:
     yield _table(content)
     yield _charts(charts)
     yield _disagreements(content)
+    yield _others(content)
     yield _kernels(content)
     yield from _tags(content)
     yield from _venues(content)
@@ -62,7 +65,9 @@ def _home(content: Content, charts: Mapping[str, Chart]) -> Page:
 
 
 def _chart(chart: Chart, root: str) -> str:
-    return html("chart.html", root, **vars(chart), opened=False)
+    rows = chart.points[:MOST_ROWS]
+    values = vars(chart) | {"points": rows, "left": len(chart.points) - len(rows)}
+    return html("chart.html", root, **values)
 
 
 def _charts(charts: Mapping[str, Chart]) -> Page:
@@ -112,9 +117,22 @@ def _disagreements(content: Content) -> Page:
         for other in claim.others
         if other.cause != "none" and other.value != claim.reported
     ]
-    part = html("disagreements.html", found=found, anchors=anchors, others=others)
+    part = html(
+        "disagreements.html",
+        found=found[:MOST],
+        anchors=anchors,
+        others=others[: 2 * MOST],
+        left=max(0, len(found) - MOST),
+        left_others=max(0, len(others) - 2 * MOST),
+    )
     text = "One quantity, several printed numbers: where publications contradict each other."
     return Page("disagreements", "Numbers that disagree", text, (part,))
+
+
+def _others(content: Content) -> Page:
+    part = html("others.html", rows=content.vocab.independent)
+    text = "Measurements of methods without an entry and of unquantized models, by whoever published them."
+    return Page("others", "Measured by others", text, (part,), WHOLE_WIDTH)
 
 
 def _kernels(content: Content) -> Page:
@@ -167,12 +185,17 @@ def _venues(content: Content) -> Iterator[Page]:
 
 
 def _protocols(content: Content) -> Iterator[Page]:
-    claims: dict[str, list] = {}
+    groups: dict[str, list[dict]] = {}
     for view in content.views.values():
-        for claim in view.claims:
-            claims.setdefault(claim.protocol or "", []).append((view, claim))
+        for group in view.groups:
+            groups.setdefault(group.protocol, []).append(_group_row(view, group))
     listed = [
-        (protocol.id, f"{protocol.id}.html", protocol.title, len(claims.get(protocol.id, ())))
+        (
+            protocol.id,
+            f"{protocol.id}.html",
+            protocol.title,
+            sum(row["n"] for row in groups.get(protocol.id, ())),
+        )
         for protocol in content.protocols.values()
     ]
     lead = "Every choice that decides a number. Two protocols are two quantities, and none is converted into another."
@@ -188,10 +211,23 @@ def _protocols(content: Content) -> Iterator[Page]:
     )
     yield Page("protocols/index", "Protocols", lead, (head,), WHOLE_WIDTH)
     for protocol in content.protocols.values():
-        yield _protocol(protocol, claims.get(protocol.id, []))
+        yield _protocol(protocol, groups.get(protocol.id, []))
 
 
-def _protocol(protocol: Protocol, claims: list) -> Page:
+def _group_row(view: PaperView, group: Group) -> dict:
+    """A table of claims on an entry's page, as one line of the protocol's page."""
+    return {
+        "entry": view.paper.id,
+        "title": view.paper.title,
+        "anchor": group.anchor,
+        "name": group.name.lower(),
+        "n": len(group.claims),
+        "models": sorted({claim.model for claim in group.claims if claim.model}),
+        "counts": tally(claim.verdict.state for claim in group.claims),
+    }
+
+
+def _protocol(protocol: Protocol, groups: list[dict]) -> Page:
     root = "../../"
     parts = [
         html("protocol_head.html", root, p=protocol),
@@ -202,8 +238,8 @@ def _protocol(protocol: Protocol, claims: list) -> Page:
         parts += [heading("Known values", "known-values"), html("protocol_known.html", p=protocol)]
     if protocol.notes:
         parts += [heading("Notes", "notes"), html("entry_lists.html", items=protocol.notes)]
-    if claims:
-        parts += [heading("Claims", "claims"), html("protocol_claims.html", root, claims=claims)]
+    if groups:
+        parts += [heading("Claims", "claims"), html("protocol_claims.html", root, groups=groups)]
     return Page(f"protocols/{protocol.id}", protocol.title, protocol.summary, tuple(parts))
 
 

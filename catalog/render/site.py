@@ -10,7 +10,7 @@ from requant.catalog.charts import pareto_points, seed_charts
 from requant.catalog.render.cards import card, entry_card
 from requant.catalog.render.charts import Chart, list_charts, pareto_charts
 from requant.catalog.render.content import Content
-from requant.catalog.render.feeds import api_files, feed, llms_txt
+from requant.catalog.render.feeds import api_files, chart_csv, feed, llms_txt
 from requant.catalog.render.pages import all_pages, reference_card
 
 MAX_CARDS = 300  # a card takes about 40 ms; larger catalogs share one
@@ -48,6 +48,7 @@ def files(content: Content, site_url: str, cards: bool = True) -> Iterator[tuple
     for chart in charts.values():
         yield f"charts/{chart.name}-light.svg", chart.light.encode()
         yield f"charts/{chart.name}-dark.svg", chart.dark.encode()
+        yield f"charts/{chart.name}.csv", chart_csv(chart.points).encode()
     for path, text in api_files(content):
         yield path, text.encode()
     yield "feed.xml", feed(content, site_url).encode()
@@ -59,7 +60,7 @@ def files(content: Content, site_url: str, cards: bool = True) -> Iterator[tuple
 def draw_charts(content: Content) -> dict[str, Chart]:
     """All charts by name, the Pareto charts first."""
     papers = [view.paper for view in content.views.values()]
-    return pareto_charts(pareto_points(papers)) | list_charts(seed_charts(papers))
+    return pareto_charts(pareto_points(papers, content.vocab.models)) | list_charts(seed_charts(papers))
 
 
 def _cards(content: Content, wanted: bool) -> Iterator[tuple[str, bytes]]:

@@ -129,7 +129,14 @@ class PaperView:
         for view in self.claims:
             protocol = view.protocol or NO_PROTOCOL.get(view.claim.kind, "experiment of the implementation")
             found.setdefault((view.claim.kind, protocol, view.unit), []).append(view)
-        return [Group(kind, protocol, unit, tuple(claims)) for (kind, protocol, unit), claims in found.items()]
+        return [
+            Group(kind, protocol, unit, tuple(claims)) for (kind, protocol, unit), claims in found.items()
+        ]
+
+    @property
+    def surnames(self) -> str:
+        """Last words of the authors' names: what a reader filters by."""
+        return " ".join(name.split()[-1] for name in self.paper.authors if name.split())
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -166,7 +173,7 @@ def _claim_view(
         unit=getattr(claim, "metric", None) or {"bits": "bits per weight"}.get(claim.kind),
         model=getattr(claim, "model", None),
         setting=_settings(getattr(claim, "setting", None) or getattr(claim, "config", None) or {}),
-        bits=_bits(paper, claim),
+        bits=_bits(paper, claim, vocab),
         baselines=tuple((name, number(value)) for name, value in _baselines(claim).items()),
         tolerance=_tolerance(tolerance),
         tolerance_why=tolerance.why if tolerance else None,
@@ -222,9 +229,10 @@ def _settings(values: Mapping[str, Any]) -> tuple[str, ...]:
     return (*short, *(f"{name}\u00a0{text(value)}" for name, value in rest.items()))
 
 
-def _bits(paper: Paper, claim: Claim) -> str | None:
+def _bits(paper: Paper, claim: Claim, vocab: Vocab) -> str | None:
     """Effective bits of a perplexity or accuracy, and how they are known."""
-    found = effective_bits(paper, claim) if isinstance(claim, MeasuredClaim | FindingClaim) else None
+    known = isinstance(claim, MeasuredClaim | FindingClaim)
+    found = effective_bits(paper, claim, vocab.models) if known else None
     if found is None or found[1] == "nominal":
         return None
     return f"{found[0]:.4g} bits per weight ({found[1]})"

@@ -1,4 +1,5 @@
 // The table of all entries: filters and sorting over plain rows; the state is kept in the address. No request is made.
+// (The parameter is called `text`: at `q` the theme opens its own search.)
 (() => {
   "use strict";
   const table = document.getElementById("rq-papers");
@@ -19,7 +20,7 @@
       counts,
       shown: true,
       keys: heads.map((head, index) => sortKey(head, text[index])),
-      search: [text.slice(0, 6).join(" "), row.dataset.i, row.dataset.a].join(" ").toLowerCase(),
+      search: [text.slice(0, 6).join(" "), row.cells[0].firstChild.getAttribute("href"), row.dataset.a].join(" ").toLowerCase(),
       venue: text[column.venue],
       year: text[column.year],
       sets: Object.fromEntries(listed.map((key) => [key, new Set(text[column[key]].split(", "))])),
@@ -37,7 +38,7 @@
 
   function wanted() {
     return {
-      words: form.elements.q.value.toLowerCase().split(/\s+/).filter(Boolean),
+      words: form.elements.text.value.toLowerCase().split(/\s+/).filter(Boolean),
       venue: form.elements.venue.value,
       year: form.elements.year.value,
       bits: form.elements.bits.value,
@@ -107,7 +108,7 @@
 
   function remember(want) {
     const query = new URLSearchParams();
-    if (want.words.length) query.set("q", form.elements.q.value);
+    if (want.words.length) query.set("text", form.elements.text.value);
     for (const tag of tags) query.append("tag", tag);
     for (const key of ["venue", "year", "bits", "quantizes", "state"]) if (want[key]) query.set(key, want[key]);
     if (sort.key) query.set("sort", (sort.descending ? "-" : "") + sort.key);
@@ -121,7 +122,7 @@
 
   function recall() {
     const query = new URLSearchParams(location.search);
-    form.elements.q.value = query.get("q") || "";
+    form.elements.text.value = query.get("text") || "";
     const known = new Set([...form.elements.tag.options].map((option) => option.value));
     tags = query.getAll("tag").filter((tag) => tag && known.has(tag));
     for (const key of ["venue", "year", "bits", "quantizes", "state"]) {
