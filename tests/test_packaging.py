@@ -55,6 +55,7 @@ def test_the_wheel_has_one_top_level_name(wheel_names: list[str]) -> None:
         "requant/catalog/reference/splits.json",
         "requant/catalog/py.typed",
     ],
+    ids=lambda name: name.replace("paper", "entry"),
 )  # fmt: skip
 def test_the_wheel_holds_the_data_the_code_reads(wheel_names: list[str], name: str) -> None:
     assert name in wheel_names
