@@ -36,11 +36,16 @@ Values = dict[str, float]
 
 @dataclass(frozen=True)
 class Options:
-    """How to find checkpoints and where to run. No field changes a verdict on the reference model."""
+    """How to find checkpoints and where to run. No field changes a verdict on the reference model.
+
+    model_paths: checkpoint id -> folder or .gguf file, looked at first; allow_pickle: see weights.py.
+    """
 
     models_dir: str | None = None
     download: bool = False
     device: str = "cpu"
+    model_paths: Mapping[str, str] = field(default_factory=dict)
+    allow_pickle: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,24 +179,51 @@ def _invariant(paper: Paper, claim: InvariantClaim, _options: Options) -> Measur
 
 def _bits(paper: Paper, claim: BitsClaim, _options: Options) -> Measurement:
     impl = load_impl(paper.impl)
-    value = stored_bits_per_weight(impl, make_config(impl, claim.config), *claim.layer)
+    value, held = stored_bits_per_weight(impl, make_config(impl, claim.config), *claim.layer)
+    reason = "bits of the stored tensors"
+    if held is not None:
+        reason += f"; a QuantLinear holds {held:.4g}, its rows filled up to whole words"
     return _outcome(
-        paper,
-        claim,
-        value,
-        _verdict(claim.tolerance.allows(claim.value, value)),
-        "bits of the stored tensors",
+        paper, claim, value, _verdict(claim.tolerance.allows(claim.value, value)), reason, quant_linear=held
     )
 
 
-def stored_bits_per_weight(impl, cfg: object, d_out: int, d_in: int) -> float:
-    """Bits per weight of the tensors that `pack_weight` makes of a Gaussian [d_out, d_in] layer with random inputs."""
+def stored_bits_per_weight(impl, cfg: object, d_out: int, d_in: int) -> tuple[float, float | None]:
+    """Bits per weight of the tensors that `pack_weight` makes of a Gaussian [d_out, d_in] layer with random inputs.
+
+    Returns: the bits of those tensors, and those a QuantLinear really holds where they are codes on an affine grid
+    (None elsewhere). They differ by the filling of rows of codes and zero points to 32 codes.
+    Raises: ValueError if that layer has another weight than `unpack_weight` gives, or is larger than that.
+    """
     from requant.reference_impls._quant import storage_bits
 
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(d_out, d_in, generator=generator) / math.sqrt(d_in)
     X = torch.randn(2 * d_in, d_in, generator=generator)
-    return storage_bits(impl.pack_weight(W, X.T @ X / len(X), cfg)) / W.numel()
+    packed = impl.pack_weight(W, X.T @ X / len(X), cfg)
+    bits, layer = storage_bits(packed) / W.numel(), _quant_linear(packed, cfg)
+    if layer is None:
+        return bits, None
+    if not torch.equal(layer.dequantize(), impl.unpack_weight(packed, cfg)):
+        raise ValueError("a QuantLinear with these tensors has another weight than unpack_weight gives")
+    filling = 2 * 31 * cfg.w_bits / d_in  # codes and zero points of a row, at most 31 places each
+    if not bits <= layer.bits_per_weight <= bits + filling:
+        raise ValueError(
+            f"a QuantLinear holds {layer.bits_per_weight} bits a weight, the tensors have {bits}"
+        )
+    return bits, layer.bits_per_weight
+
+
+def _quant_linear(packed: Mapping[str, torch.Tensor], cfg: object):
+    """A QuantLinear with these tensors, or None where they are no affine grid of a width it packs."""
+    from requant.kernels.pack import WIDTHS
+    from requant.kernels.quant_linear import QuantLinear
+
+    bits, symmetric = getattr(cfg, "w_bits", None), getattr(cfg, "symmetric", False)
+    affine = {"shape", "codes", "scale"} | (set() if symmetric else {"zero_point"})
+    if bits not in WIDTHS or set(packed) != affine or packed["shape"].numel() != 3:
+        return None
+    return QuantLinear.from_affine(packed, bits, symmetric)
 
 
 def _finding(paper: Paper, claim: FindingClaim, _options: Options) -> Measurement:
@@ -216,6 +248,8 @@ def _published(paper: Paper, claim: MeasuredClaim, options: Options) -> Measurem
         "kl": evaluation.kl,
         "n_tokens": evaluation.n_tokens,
     }
+    if evaluation.tasks:
+        details |= {"engine": evaluation.engine, "tasks": evaluation.tasks}
     return _outcome(paper, claim, evaluation.value, state, reason, **details)
 
 

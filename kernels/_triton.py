@@ -66,7 +66,8 @@ def why_not(*tensors: Tensor) -> str | None:
     if not HAS_TRITON:
         return "triton is not installed (pip install 'requant[bench]', Linux only)"
     if INTERPRET:
-        return None
+        narrow = any(t.dtype == torch.bfloat16 for t in tensors)
+        return "the interpreter computes bfloat16 wrongly; use float32 or float16" if narrow else None
     away = next((t.device for t in tensors if not t.is_cuda), None)
     if away is None:
         return None

@@ -38,7 +38,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of one file in one process, where no closer group is named: they share fixtures."""
+    """Keep the tests of one file in one process, where no closer group is named: they share fixtures.
+
+    Also keep `-k paper` exact: it selects the claims of papers and nothing else.
+    """
+    stray = [i.name for i in items if "paper" in i.name.lower() and i.path.stem != "test_paper_claims"]
+    if stray:
+        raise pytest.UsageError(f"only claims may be selected by `-k paper`; rename {', '.join(stray[:3])}")
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))

@@ -91,7 +91,7 @@ def _marks(rows: Sequence[Point]) -> str:
 
 
 def _chart(name: str, title: str, caption: str, rows: list[Point], pareto: bool) -> Chart:
-    drawn = _on_scale(rows)
+    drawn = _on_scale(rows) if pareto else [row for row in rows if row.drawn]
     left_out = len(rows) - len(drawn)
     methods = [method for method, _ in Counter(row.method for row in drawn).most_common()]
     lowest = min(drawn, key=lambda row: row.value)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from requant.catalog import ledger as ledger_files
 from requant.catalog.loader import Catalog
@@ -23,6 +25,7 @@ class Content:
     Attributes:
         ledger: saved verdicts of claims as they stand now.
         kernels: folder of the kernels; card: Markdown of the reference model's card.
+        bench: the record of the kernels' speed on a GPU, or None where there is none.
     """
 
     views: Mapping[str, PaperView]
@@ -32,6 +35,7 @@ class Content:
     impls: Path
     kernels: Path
     card: Path
+    bench: Mapping[str, Any] | None = None
 
     @property
     def titles(self) -> dict[str, str]:
@@ -67,4 +71,18 @@ def prepare(catalog: Catalog, measured: Path | None = None) -> Content:
         impls=catalog.folders.impls,
         kernels=ROOT / "kernels",
         card=ROOT / "catalog" / "reference" / "card.md",
+        bench=_bench((measured or ledger_files.MEASURED) / "kernels.json"),
     )
+
+
+def _bench(path: Path) -> Mapping[str, Any] | None:
+    """What `python -m requant.kernels.bench` wrote. Raises: LedgerError for a file that is not such a record."""
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not (isinstance(record["results"], list) and isinstance(record["device"]["name"], str)):
+            raise TypeError("it has no device and results")
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise ledger_files.LedgerError(f"{path} is not a record of kernel speeds: {problem}") from problem
+    return record

@@ -136,7 +136,7 @@ def _others(content: Content) -> Page:
 
 
 def _kernels(content: Content) -> Page:
-    part = html("kernels.html", kernels=kernels(content.kernels))
+    part = html("kernels.html", kernels=kernels(content.kernels), bench=content.bench)
     return Page("kernels", "Kernels", "Triton kernels of the formats, each with its reference.", (part,))
 
 

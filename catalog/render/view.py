@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from requant.catalog.entry import (
     Claim,
     FindingClaim,
     IndependentResult,
+    InvariantClaim,
     MeasuredClaim,
     OrderingClaim,
     Paper,
@@ -27,12 +28,15 @@ KIND_NAMES = {
     "speed": "Speed",
     "memory": "Memory",
     "ordering": "Orderings on the reference model",
-    "invariant": "Invariants of the implementation",
+    "invariant": "Invariants",
     "bits": "Bits per weight",
     "finding": "Findings",
 }
 
-NO_PROTOCOL = {"bits": "counted in the stored tensors", "invariant": "a function of the implementation"}
+NO_PROTOCOL = {
+    "bits": "counted in the stored tensors",
+    "invariant": "measured by a function of the implementation",
+}
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class ClaimView:
     calibration: str | None
     leak: bool
     source: Source
+    setup: tuple[str, ...]
     notes: tuple[str, ...]
     others: tuple[Other, ...]
     verdict: Verdict
@@ -183,6 +188,7 @@ def _claim_view(
         calibration=getattr(claim, "calibration", None),
         leak=vocab.leaks(claim),
         source=claim.source,
+        setup=tuple(_setup(claim)),
         notes=tuple(note for note in notes if note),
         others=tuple(_other(row, vocab) for row in paper.independent_results if row.claim == claim.id),
         verdict=found,
@@ -227,6 +233,23 @@ def _settings(values: Mapping[str, Any]) -> tuple[str, ...]:
     if isinstance(rest.get("symmetric"), bool):
         short.append("symmetric" if rest.pop("symmetric") else "asymmetric")
     return (*short, *(f"{name}\u00a0{text(value)}" for name, value in rest.items()))
+
+
+def _setup(claim: Claim) -> Iterator[str]:
+    """What is run for an ordering, an invariant or a finding, as lines of text."""
+    if isinstance(claim, OrderingClaim):
+        for name, run in claim.runs.items():
+            config = ", ".join(_settings(run.config)) or "as published"
+            model = "" if run.model == claim.model else f", on {run.model}"
+            yield f"Run {name}: {run.impl}, {config}{model}"
+        seeds = ", ".join(map(str, claim.seeds))
+        yield f"Calibration: {claim.calib.n_samples} sequences of {claim.calib.seqlen} tokens; seeds {seeds}"
+        swapped = (
+            f"{name} by {by if isinstance(by, str) else by.impl}" for name, by in claim.baseline.items()
+        )
+        yield f"Must fail with {', '.join(swapped)} in its place"
+    elif isinstance(claim, InvariantClaim | FindingClaim) and claim.function:
+        yield f"Function: {claim.function}"
 
 
 def _bits(paper: Paper, claim: Claim, vocab: Vocab) -> str | None:

@@ -59,18 +59,29 @@
     );
   }
 
+  const slice = 60; // rows that appear at once; the others follow in the next frames, so that typing stays smooth
+  let later = 0;
+
   function filter() {
     const want = wanted();
+    const appearing = [];
     let n = 0;
     for (const item of rows) {
-      const shown = fits(item, want);
-      if (shown !== item.shown) item.row.hidden = !shown;
-      item.shown = shown;
-      n += shown;
+      item.shown = fits(item, want);
+      n += item.shown;
+      if (!item.shown) item.row.hidden = true;
+      else if (item.row.hidden) appearing.push(item);
     }
+    clearTimeout(later);
+    appear(appearing);
     document.getElementById("rq-count").textContent = `${n} of ${rows.length} shown`;
     showTags();
     remember(want);
+  }
+
+  function appear(items) {
+    for (const item of items.slice(0, slice)) item.row.hidden = false;
+    if (items.length > slice) later = setTimeout(() => appear(items.slice(slice)), 16);
   }
 
   function showTags() {
@@ -99,7 +110,8 @@
       const [x, y] = [a.keys[index], b.keys[index]];
       return sign * (typeof x === "number" ? x - y : x.localeCompare(y)) || a.order - b.order;
     };
-    body.append(...[...rows].sort(compare).map((item) => item.row));
+    rows.sort(compare);
+    body.append(...rows.map((item) => item.row));
     for (const head of heads) {
       if (head.dataset.key !== sort.key) head.removeAttribute("aria-sort");
       else head.setAttribute("aria-sort", sort.descending ? "descending" : "ascending");
