@@ -47,16 +47,21 @@ def calibration_tokens(
     """`draw` on the calibration's own dataset. Raises: DatasetUnavailable if it is not here."""
     if calibration.rule == "reference":
         return models.calibration_tokens(calibration.n_samples, calibration.seqlen, calibration.seed)
+    dataset = source_of(calibration, vocab)
+    return draw(calibration, tokenizer, rows_of_dataset(dataset, calibration.id, download=download))
+
+
+def source_of(calibration: Calibration, vocab: Vocab) -> Dataset:
+    """The file a calibration set is drawn from. Raises: DatasetUnavailable if none is known."""
     source = vocab.datasets[calibration.dataset]
     if calibration.file is None or source.repo is None:
         raise DatasetUnavailable(
             f"{calibration.id} names no file of {calibration.dataset} that could be read"
         )
-    dataset = Dataset(
+    return Dataset(
         id=source.repo, config=None, revision=source.revision, split=calibration.split,
         file=calibration.file, field="text", text_lines=None,
     )  # fmt: skip
-    return draw(calibration, tokenizer, rows_of_dataset(dataset, calibration.id, download=download))
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from requant.catalog.calibration import CalibrationError, calibration_tokens
@@ -15,74 +15,50 @@ from requant.catalog.entry import UNSTATED, MeasuredClaim, Paper
 from requant.catalog.evaluate import Evaluation, evaluate
 from requant.catalog.gate import fp16_gate, tokenizer_family, verify_checks
 from requant.catalog.protocols import Protocol, get_protocol
-from requant.catalog.vocabulary import load_vocab
+from requant.catalog.tasks import SHARES, tasks_of
+from requant.catalog.vocabulary import Vocab, load_vocab
+from requant.catalog.weights import NotHere, find_checkpoint, load_checkpoint
 
 if TYPE_CHECKING:
     from requant.catalog.claims import Options
 
-_NEEDED = ["*.safetensors", "*.json", "*.txt", "*.model"]
+__all__ = ["NotHere", "find_checkpoint", "load_checkpoint", "measure_checkpoint", "protocol_of", "tasks_for"]
 
 
-class NotHere(RuntimeError):
-    """A claim cannot be measured here; the text is the reason shown as `not run (reason)`."""
+@dataclass
+class _Held:
+    """The checkpoint used last, which the next claim probably names too, and what it gives unquantized."""
+
+    key: tuple = ()
+    model: nn.Module | None = None
+    tokenizer: Any = None
+    plain: dict[tuple, Evaluation] = field(default_factory=dict)
 
 
-def find_checkpoint(model_id: str, models_dir: str | None = None, download: bool = False) -> Path:
-    """Folder of a checkpoint: below models_dir, else in the Hugging Face cache, else fetched if allowed.
-
-    Raises: NotHere with what to do.
-    """
-    if models_dir is not None:
-        for name in (model_id, model_id.replace("/", "--")):
-            folder = Path(models_dir) / name
-            if (folder / "config.json").is_file():
-                return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model_id, allow_patterns=_NEEDED, local_files_only=not download))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        if download:
-            raise NotHere(f"{model_id} could not be fetched: {type(error).__name__}") from error
-        raise NotHere(f"no checkpoint of {model_id} here; use --models-dir or --download") from error
-
-
-def load_checkpoint(folder: Path, device: str = "cpu") -> tuple[nn.Module, object]:
-    """Model and tokenizer. Safetensors only: loading can then execute nothing.
-
-    On the CPU the weights become float32, elsewhere they keep their dtype.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if not any(folder.glob("*.safetensors")):
-        raise NotHere(
-            f"{folder.name} has no safetensors weights; pickled checkpoints are not loaded, because they can run code"
-        )
-    dtype = torch.float32 if device == "cpu" else "auto"
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, local_files_only=True
-    )
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return model.to(device).eval().requires_grad_(False), tokenizer
+_held = _Held()
 
 
 def measure_checkpoint(paper: Paper, claim: MeasuredClaim, options: Options) -> tuple[Evaluation, str]:
     """Evaluate the claim's method on its checkpoint under its protocol.
 
     Returns: the evaluation and a note on the unquantized model.
-    Raises: NotHere where anything it needs is missing, or where the unquantized model is off (the fp16 gate).
+    Raises: NotHere where anything it needs is missing, where the method does not know the model, or where the
+        unquantized model is off (the fp16 gate).
     """
-    protocol = _runnable(paper, claim)
-    folder = find_checkpoint(claim.model, options.models_dir, options.download)
-    model, tokenizer = load_checkpoint(folder, options.device)
-    impl, vocab = load_impl(paper.impl), load_vocab()
+    protocol, vocab = protocol_of(paper, claim), load_vocab()
+    tasks = tasks_for(claim, protocol, vocab)
+    held = _load(checkpoint_path(claim.model, options, vocab), options)
+    how = {"download": options.download, "tasks": tasks}
+    impl = load_impl(paper.impl)
     try:
-        plain = evaluate(model, tokenizer, protocol, download=options.download)
+        key = (protocol.fingerprint, tasks)
+        if key not in held.plain:
+            held.plain[key] = evaluate(held.model, held.tokenizer, protocol, **how)
+        plain = held.plain[key]
         calib = None
         if claim.calibration is not None:
             calibration = vocab.calibrations[claim.calibration]
-            calib = calibration_tokens(calibration, vocab, tokenizer, options.download)
+            calib = calibration_tokens(calibration, vocab, held.tokenizer, options.download)
     except (DatasetUnavailable, CalibrationError) as error:
         raise NotHere(str(error)) from error
     mismatches = verify_checks(plain, protocol, tokenizer_family(claim.model))
@@ -90,27 +66,69 @@ def measure_checkpoint(paper: Paper, claim: MeasuredClaim, options: Options) -> 
     gate = fp16_gate(plain.value, protocol, claim.model, stated=claim.baselines.get("fp16"))
     if off or gate:
         raise NotHere(f"baseline off: {'; '.join([*off, gate] if gate else off)}")
-    quantized = impl.quantize(model, calib, make_config(impl, claim.config))
-    found = evaluate(quantized, tokenizer, protocol, reference_model=model, download=options.download)
+    quantized = quantize(paper.impl, held.model, calib, make_config(impl, claim.config))
+    found = evaluate(quantized, held.tokenizer, protocol, reference_model=held.model, **how)
     return found, f"unquantized {plain.value:.4g}"
 
 
-def _runnable(paper: Paper, claim: MeasuredClaim) -> Protocol:
-    """The claim's protocol, if nothing but a checkpoint is needed to run it."""
-    if claim.kind != "perplexity":
-        needs = {
-            "accuracy": "lm-eval task runs",
-            "speed": "the hardware it was measured on",
-            "memory": "the packed format",
-        }
+def quantize(impl: str, model: nn.Module, calib: Any, cfg: object) -> nn.Module:
+    """The method's `quantize`. Raises: NotHere, naming method and model, for a structure that it does not know."""
+    from requant.reference_impls._walk import UnsupportedModelError
+
+    try:
+        return load_impl(impl).quantize(model, calib, cfg)
+    except UnsupportedModelError as error:
+        kind = getattr(model.config, "model_type", "unknown")
+        raise NotHere(f"{impl} does not support {type(model).__name__} ({kind}): {error}") from error
+
+
+def checkpoint_path(model_id: str, options: Options, vocab: Vocab) -> Path:
+    """Where the checkpoint is, at its pinned revision where the vocabulary knows one. Raises: NotHere."""
+    model = vocab.models.get(model_id)
+    return find_checkpoint(
+        model_id,
+        options.models_dir,
+        options.download,
+        model_paths=options.model_paths,
+        revision=model.revision if model else None,
+        allow_pickle=options.allow_pickle,
+    )
+
+
+def _load(path: Path, options: Options) -> _Held:
+    """Keep one checkpoint in memory: claims on the same one follow each other."""
+    global _held
+    key = (path, path.stat().st_mtime_ns, options.device, options.allow_pickle)
+    if _held.key != key:
+        _held = _Held()  # let go of the last one before the next is read
+        model, tokenizer = load_checkpoint(path, options.device, options.allow_pickle)
+        _held = _Held(key, model, tokenizer)
+    return _held
+
+
+def protocol_of(paper: Paper, claim: MeasuredClaim) -> Protocol:
+    """The claim's protocol, if a checkpoint, its text and its tasks are all that is needed. Raises: NotHere."""
+    if claim.kind not in ("perplexity", "accuracy"):
+        needs = {"speed": "the hardware it was measured on", "memory": "the packed format"}
         raise NotHere(f"{claim.kind} claims need {needs[claim.kind]}")
     missing = [
         (claim.model is None, "no public checkpoint"),
         (claim.protocol == UNSTATED, f"protocol unstated: {claim.protocol_note}"),
         (claim.config is None, "its setting is not one the implementation can run"),
         (claim.tolerance is None, "no tolerance stated"),
+        (
+            claim.kind == "accuracy" and claim.metric not in SHARES,
+            f"its metric {claim.metric} is not a share of right answers, which is what lm-eval gives",
+        ),
     ]
     for absent, reason in missing:
         if absent:
             raise NotHere(reason)
     return get_protocol(claim.protocol)
+
+
+def tasks_for(claim: MeasuredClaim, protocol: Protocol, vocab: Vocab) -> tuple[str, ...] | None:
+    """The lm-eval tasks to hand over, where the protocol leaves them to the claim; else None. Raises: NotHere."""
+    if protocol.engine != "lm-eval" or protocol.harness.task is not None:
+        return None
+    return tasks_of(claim, vocab)

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from requant.catalog.doctor import doctor
 from requant.catalog.entry import Paper
 from requant.catalog.errors import CatalogError, nearest, one_line
+from requant.catalog.eval_cli import app as eval_app
 from requant.catalog.loader import Catalog, check_id, default_folders, load_catalog, orphan_modules
+from requant.catalog.quantize_cli import quantize
+from requant.catalog.run_cli import app as run_app
 from requant.catalog.site_cli import app as site_app
+from requant.catalog.terminal import JsonOption, PapersOption, console, known, stop
 
 app = typer.Typer(
     name="requant",
@@ -29,12 +32,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(site_app)
-PapersOption = Annotated[
-    Path | None, typer.Option("--papers", metavar="DIR", help="Folder of entries (default: the catalog's).")
-]
-JsonOption = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Also write the records to FILE.")
-]
+app.command()(quantize)
+app.command()(doctor)
+app.add_typer(run_app)
+app.add_typer(eval_app)
 
 
 def main() -> None:
@@ -45,12 +46,7 @@ def main() -> None:
         sys.stderr.close()
         raise SystemExit(1) from None
     except (CatalogError, OSError) as problem:
-        _stop(str(problem))
-
-
-def _stop(message: str) -> None:
-    typer.echo(f"requant: {one_line(message)}", err=True)
-    raise SystemExit(2)
+        stop(str(problem))
 
 
 def _version(wanted: bool) -> None:
@@ -84,11 +80,11 @@ def new(
     from requant.catalog.scaffold import create
 
     if problem := check_id(name):
-        _stop(f"{name!r} is not an id: {problem}")
+        stop(f"{name!r} is not an id: {problem}")
     if arxiv is not None and not re.fullmatch(r"[0-9]{4}\.[0-9]{4,5}", arxiv):
-        _stop(f"--arxiv {arxiv!r} is not an arXiv id like 2210.17323 (without version)")
+        stop(f"--arxiv {arxiv!r} is not an arXiv id like 2210.17323 (without version)")
     if title is not None and not (title.strip() and title == title.strip() and title.isprintable()):
-        _stop("--title must be one line of printable text")
+        stop("--title must be one line of printable text")
     folders = default_folders(papers)
     for path in create(name, folders.papers, folders.impls, arxiv, title):
         typer.echo(f"wrote {path}")
@@ -105,7 +101,7 @@ def check(
 ) -> None:
     """Check entries: schema, vocabularies, and that the parts fit together. Exit code 1 if one is wrong."""
     catalog = load_catalog(papers, ids=set(ids) if ids else None)
-    _known(ids or (), catalog)
+    known(ids or (), catalog)
     outcomes = check_outcomes(catalog, orphans=not ids)
     _print_check(outcomes)
     if json_file is not None:
@@ -113,71 +109,6 @@ def check(
 
         write_json(json_file, [outcome.record() for outcome in outcomes])
     if any(outcome.error for outcome in outcomes):
-        raise typer.Exit(1)
-
-
-@app.command()
-def run(
-    ids: Annotated[
-        list[str] | None, typer.Argument(metavar="[IDS]...", help="Entries to measure (default: all).")
-    ] = None,
-    claim: Annotated[
-        str | None, typer.Option("--claim", metavar="GLOB", help="Only claims whose id matches.")
-    ] = None,
-    json_file: JsonOption = None,
-    save: Annotated[bool, typer.Option("--save", help="Add the records to the ledger.")] = False,
-    models_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of checkpoints: DIR/<organisation>/<name>.")
-    ] = None,
-    download: Annotated[
-        bool, typer.Option("--download", help="Fetch the checkpoints and data that claims name.")
-    ] = False,
-    device: Annotated[str, typer.Option(help="Where checkpoints run: cpu, cuda, ...")] = "cpu",
-    jobs: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Entries measured at once (0: one a core).")
-    ] = 1,
-    papers: PapersOption = None,
-) -> None:
-    """Measure claims and print what was reported and measured. Exit code 1 if one is not as expected."""
-    catalog = load_catalog(papers)
-    _known(ids or (), catalog)
-    for name in ids or catalog.files:
-        if name in catalog.failed:
-            _stop(f"{catalog.failed[name]}")
-    chosen = [catalog.papers[name] for name in ids] if ids else list(catalog.papers.values())
-
-    from requant.catalog import ledger
-    from requant.catalog.claims import Options
-    from requant.catalog.files import write_atomic
-    from requant.catalog.parallel import cores, measure_many
-    from requant.catalog.report import print_report, progress_text
-
-    options = Options(str(models_dir) if models_dir else None, download, device)
-    wanted = [c for paper in chosen for c in paper.claims if claim is None or fnmatchcase(c.id, claim)]
-    if not wanted:
-        _stop(f"no claim of {', '.join(p.id for p in chosen)} matches {claim!r}")
-    console, done = _console(), []
-    try:
-        for item in measure_many(
-            chosen,
-            catalog.folders.papers,
-            options,
-            only=lambda c: claim is None or fnmatchcase(c.id, claim),
-            jobs=jobs or cores(),
-        ):
-            done.append(item)
-            console.print(progress_text(item, len(done), len(wanted)))
-    except KeyboardInterrupt:
-        console.print(Text("stopped; what was measured so far is kept", style="yellow"))
-    console.print()
-    done.sort(key=lambda item: item.paper)
-    print_report(done, console)
-    if json_file is not None:
-        write_atomic(json_file, ledger.records_json(done))
-    if save:
-        for path in ledger.save(done, device=device):
-            typer.echo(f"saved {path.name}")
-    if len(done) < len(wanted) or not all(item.ok for item in done):
         raise typer.Exit(1)
 
 
@@ -197,43 +128,16 @@ def export(
     forms = ("bibtex", "json", "csv")
     if form not in forms:
         hint = nearest(form, forms)
-        _stop(f"{form!r} is not one of {', '.join(forms)}" + (f"; did you mean {hint}?" if hint else ""))
+        stop(f"{form!r} is not one of {', '.join(forms)}" + (f"; did you mean {hint}?" if hint else ""))
     catalog = load_catalog(papers, ids=set(ids) if ids else None)
-    _known(ids or (), catalog)
+    known(ids or (), catalog)
     for error in catalog.errors:
-        _stop(f"{error}")
+        stop(f"{error}")
 
     from requant.catalog.export import write_export
 
     for path in write_export(form, catalog, out):
         typer.echo(f"wrote {path}")
-
-
-@app.command()
-def models(json_file: JsonOption = None, papers: PapersOption = None) -> None:
-    """List the checkpoints that claims name, and which of them are in the local Hugging Face cache."""
-    from requant.catalog.inventory import checkpoints, in_units
-
-    catalog = load_catalog(papers)
-    rows = checkpoints(catalog)
-    table = Table("checkpoint", "params", "licence", "gated", "size", "here", "claims")
-    for row in rows:
-        gated = {True: "yes", False: "no", None: "?"}[row.gated]
-        size = in_units(row.size_bytes, (" B", " kB", " MB", " GB", " TB"))
-        here = "yes" if row.cached else "-"
-        cells = (row.id, in_units(row.params), row.license or "?", gated, size, here, str(row.n_claims))
-        table.add_row(*map(Text, cells))
-    _console().print(table)
-    unlocked = sum(row.n_claims for row in rows if row.cached)
-    here = sum(row.cached for row in rows)
-    n_claims = sum(row.n_claims for row in rows)
-    typer.echo(f"{len(rows)} checkpoints, {here} of them here, {unlocked} of {n_claims} claims unlocked")
-    if json_file is not None:
-        from requant.catalog.files import write_json
-
-        write_json(json_file, [asdict(row) | {"claims": list(row.claims)} for row in rows])
-    for error in catalog.errors:
-        typer.echo(f"left out: {error}", err=True)
 
 
 @dataclass(frozen=True)
@@ -281,7 +185,7 @@ def _print_check(outcomes: list[Outcome]) -> None:
         state = Text("ok", style="green") if record["ok"] else Text("error", style="bold red")
         table.add_row(Text(record["id"]), Text(record["kind"] or "-"), Text(claims), state)
     if outcomes:
-        _console().print(table)
+        console().print(table)
     errors = [outcome.error for outcome in outcomes if outcome.error]
     for error in errors:
         typer.echo(str(error))
@@ -289,20 +193,6 @@ def _print_check(outcomes: list[Outcome]) -> None:
     typer.echo(
         f"{len(outcomes)} checked, {n_claims} claims, {len(errors)} error{'' if len(errors) == 1 else 's'}"
     )
-
-
-def _known(ids: list[str] | tuple[str, ...], catalog: Catalog) -> None:
-    for name in ids:
-        if name not in catalog.files:
-            hint = nearest(name, catalog.files)
-            _stop(
-                f"there is no entry {name!r} in {catalog.folders.papers}"
-                + (f"; did you mean {hint}?" if hint else "")
-            )
-
-
-def _console() -> Console:
-    return Console(highlight=False, soft_wrap=False)
 
 
 if __name__ == "__main__":

@@ -89,13 +89,14 @@ def rows_of_dataset(
     limit: int | None = None,
 ) -> list[str]:
     """The first `limit` rows of a dataset file, see `documents`; `wanted_by` names who asks, for errors."""
-    path = Path(paths[dataset.id]) if dataset.id in (paths or {}) else _hub_file(dataset, wanted_by, download)
+    path = Path(paths[dataset.id]) if dataset.id in (paths or {}) else hub_file(dataset, wanted_by, download)
     if not path.is_file():
         raise DatasetUnavailable(f"{wanted_by}: the file {path} given for {dataset.id} does not exist")
     return list(islice(_rows(path, dataset.field or "text", dataset.text_lines), limit))
 
 
-def _hub_file(dataset: Dataset, wanted_by: str, download: bool) -> Path:
+def hub_file(dataset: Dataset, wanted_by: str, download: bool = False) -> Path:
+    """The dataset's file in the Hugging Face cache, or fetched into it. Raises: DatasetUnavailable."""
     remedy = f'give a local copy with paths={{"{dataset.id}": "<file>"}}'
     if dataset.file is None:
         raise DatasetUnavailable(f"{wanted_by} reads {dataset.id}, which has no file on the hub; {remedy}")

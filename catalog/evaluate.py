@@ -50,6 +50,7 @@ class Evaluation:
         kl: mean KL(reference_model || model) in nats per scored token.
         top1_agreement: share of scored positions at which both models prefer the same token.
         first_tokens: first token id of windows 0 and 1, which shows where BOS went.
+        tasks: of lm-eval protocols, task -> its version, value in the metric's unit, and number of documents.
     """
 
     protocol: str
@@ -65,6 +66,7 @@ class Evaluation:
     checks: Checks = field(default_factory=Checks)
     first_tokens: tuple[int, ...] = ()
     engine: str = "requant"
+    tasks: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
     @property
     def perplexity_standard_error(self) -> float | None:

@@ -10,6 +10,7 @@ from requant.catalog.corpus import Checks
 from requant.catalog.protocols import Protocol, get_protocol
 
 GATE_ABS, GATE_REL = 0.02, 0.001  # agreement of an unquantized model across machines
+GATE_POINTS = 0.5  # the same for accuracies: a few near-ties of thousands of questions flip with dtype and kernels
 _FAMILIES = (
     ("llama-3", r"llama-3"),
     ("llama-2", r"llama-2-|(^|/)llama-\d+b|tinyllama"),  # LLaMA and Llama 2 share their tokenizer
@@ -72,7 +73,8 @@ def fp16_gate(
     if known is not None and known.evidence != "recalled":
         target, tolerance, source = known.value, known.tolerance, known.source
     elif stated is not None:
-        target, tolerance, source = stated, max(GATE_ABS, GATE_REL * stated), "the claim"
+        tolerance = GATE_POINTS if protocol.metric.unit == "percent" else max(GATE_ABS, GATE_REL * stated)
+        target, source = stated, "the claim"
     else:
         return None
     if abs(value - target) <= tolerance:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import json
 import math
 import platform
@@ -53,22 +54,29 @@ def _plain(value: object) -> object:
 
 def environment(device: str = "cpu") -> dict[str, object]:
     """Versions, machine and commit a measurement was made with: perplexities depend on them."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
     return {
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "commit": _commit(),
         "device": device,
         "machine": platform.machine(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": versions(),
     }
 
 
+@functools.cache
+def versions() -> dict[str, str | None]:
+    """Versions of the packages a number may depend on; None for one that is not installed. Treat as read-only."""
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+@functools.cache
 def _commit() -> str | None:
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
@@ -93,10 +101,18 @@ def read(paper: str, folder: Path | None = None) -> dict[str, dict]:
         ) from error
 
 
-def save(measurements: Iterable[Measurement], folder: Path | None = None, device: str = "cpu") -> list[Path]:
+def save(
+    measurements: Iterable[Measurement],
+    folder: Path | None = None,
+    device: str = "cpu",
+    keys: Mapping[tuple[str, str], str] | None = None,
+) -> list[Path]:
     """Add measurements to their entries' ledgers; each file is replaced in one step, so a crash loses nothing saved.
 
     A claim that was not run keeps the record of its last run, if there is one.
+
+    Args:
+        keys: (entry, claim) -> the key by which a later run tells that it need not measure again (resume.py).
     """
     folder = folder or MEASURED
     by_paper: dict[str, list[Measurement]] = {}
@@ -107,7 +123,8 @@ def save(measurements: Iterable[Measurement], folder: Path | None = None, device
         known = read(paper, folder)
         for item in items:
             if item.state != "not run" or item.claim not in known:
-                known[item.claim] = record(item) | {"environment": stamp}
+                key = (keys or {}).get((paper, item.claim))
+                known[item.claim] = record(item) | {"environment": stamp} | ({"key": key} if key else {})
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{paper}.json"
         content = {"paper": paper, "claims": [known[claim] for claim in sorted(known)]}

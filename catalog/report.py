@@ -79,11 +79,23 @@ def claims_table(measurements: Sequence[Measurement]) -> tuple[Table, list[str]]
     return table, reasons
 
 
-def progress_text(item: Measurement, done: int, total: int) -> Text:
-    """One line for a claim that was just measured, shown while the others run."""
+def progress_text(item: Measurement, done: int, total: int, left: float | None = None) -> Text:
+    """One line for a claim that was just measured, shown while the others run; `left`: seconds until the end."""
     text = Text(f"[{done}/{total}] {item.paper}-{item.claim} ")
     reason = item.reason if item.state == NOT_RUN else ""
-    return text.append_text(state_text(item, reason)).append(f" {item.seconds:.1f} s")
+    text.append_text(state_text(item, reason)).append(f" {item.seconds:.1f} s")
+    return text.append(f", {duration(left)} left", style="dim") if left and done < total else text
+
+
+def duration(seconds: float | None) -> str:
+    """`45 s`, `12 min`, `3.5 h`, `2 d`; `?` for None."""
+    if seconds is None:
+        return "?"
+    if seconds < 90:
+        return f"{max(round(seconds), 1)} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.0f} d"
 
 
 def summary_line(measurements: Iterable[Measurement]) -> str:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import multiprocessing
+import signal
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from requant.catalog import ledger, parallel
-from requant.catalog.claims import measure
+from requant.catalog import ledger, parallel, plan
+from requant.catalog.claims import Measurement, measure
 from requant.catalog.cli import app
 from requant.catalog.loader import load_catalog
 
@@ -66,21 +66,65 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     assert measured(2) == measured(1)
 
 
-def test_a_process_that_dies_is_an_error_of_its_claims(monkeypatch: pytest.MonkeyPatch) -> None:
-    entries = [load_catalog().papers[name] for name in ("gptq", "rtn")]
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs signals")
+def test_a_process_that_dies_costs_the_claim_it_was_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The entry's other claims are measured by a new process, those of other entries by theirs."""
+    catalog = load_catalog()
+    entries = [catalog.papers[name] for name in ("gptq", "rtn")]
+    give, killed = parallel._Worker.give, []
 
-    class Pool(ThreadPoolExecutor):
-        def __init__(self, workers: int, **_how: object) -> None:
-            super().__init__(workers)
+    def give_and_kill(worker, task) -> None:
+        give(worker, task)
+        if not killed:
+            worker.process.kill()
+            killed.append(worker)
 
-    def die(*_arguments: object) -> None:
-        raise BrokenProcessPool("killed")
+    monkeypatch.setattr(parallel._Worker, "give", give_and_kill)
+    bits = [(p.id, c.id) for p in entries for c in p.claims if c.kind == "bits"]
+    found = list(
+        parallel.measure_many(entries, catalog.folders.papers, only=lambda p, c: c.kind == "bits", jobs=2)
+    )
+    assert sorted((item.paper, item.claim) for item in found) == sorted(bits)
+    (bad,) = [item for item in found if not item.ok]
+    assert "process died" in bad.reason
+    assert not multiprocessing.active_children()
 
-    monkeypatch.setattr(parallel, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(parallel, "_measure_entry", die)
-    found = list(parallel.measure_many(entries, Path("unused"), only=lambda c: c.kind == "bits", jobs=2))
-    assert found and not any(item.ok for item in found)
-    assert all("process died" in item.reason for item in found)
+
+def test_a_plan_measures_nothing_and_says_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "flop_rate", lambda device: 1e9)
+    monkeypatch.setattr(parallel, "measure_many", None)
+    target = tmp_path / "plan.json"
+    result = run("rtn", "--dry-run", "--measured", str(tmp_path), "--json", str(target))
+    assert result.exit_code == 0, result.output
+    rows = {row["claim"]: row for row in json.loads(target.read_text())}
+    assert set(rows) == {claim.id for claim in load_catalog().papers["rtn"].claims}
+    assert rows["bits_w4_g128"]["runs"] and not rows["bits_w4_g128"]["seconds"]
+    absent = [row for row in rows.values() if row["model"] == "facebook/opt-125m"]
+    assert absent and all("no checkpoint of facebook/opt-125m" in row["reason"] for row in absent)
+    assert {row["memory_bytes"] for row in absent} == {2 * 125_000_000 * 4}
+    timed = [row for row in rows.values() if row["kind"] == "ordering"]
+    assert timed and all(row["basis"] == "formula" and row["seconds"] > 1 for row in timed)
+    assert "memory: 2 models x parameters x 4 bytes" in result.output
+
+
+def test_time_left_comes_from_what_was_measured() -> None:
+    def row(claim: str, seconds: float | None) -> plan.Planned:
+        return plan.Planned("toy", claim, "bits", True, "", None, None, seconds, "ledger" if seconds else "")
+
+    def done(claim: str) -> Measurement:
+        return Measurement("toy", claim, "bits", 1.0, 1.0, "reproduced", "", None, seconds=4.0)
+
+    eta = plan.Eta([row("a", None), row("b", 10.0), row("c", None)])
+    assert eta.after(done("a")) == 14.0  # b as the ledger says, c as a took
+    assert eta.after(done("b")) == 4.0
+    assert eta.after(done("c")) == 0.0
+    assert plan.Eta([row("a", None), row("b", None)]).after(done("elsewhere")) is None
+
+
+@pytest.mark.parametrize("given", ["no-equals", "toys/toy=nowhere", "=x"])
+def test_a_wrong_model_path_is_one_line(given: str) -> None:
+    result = run("rtn", "--model-path", given)
+    assert result.exit_code == 2 and "--model-path" in result.output + result.stderr
 
 
 def test_an_entry_without_implementation_says_so() -> None:
