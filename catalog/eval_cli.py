@@ -1,0 +1,275 @@
+"""`requant eval`: quantize a model with a method and evaluate it, under a protocol or on lm-eval tasks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from requant.catalog.errors import nearest
+from requant.catalog.terminal import (
+    AllowPickleOption,
+    DeviceOption,
+    DownloadOption,
+    JsonOption,
+    ModelPathOption,
+    ModelsDirOption,
+    console,
+    model_paths,
+    stop,
+)
+
+if TYPE_CHECKING:
+    from requant.catalog.claims import Options
+    from requant.catalog.evaluate import Evaluation
+
+app = typer.Typer()
+REFERENCE_CALIBRATION = "reference-train-64x256/1"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number: of a protocol, or of one metric of an lm-eval task. kl in nats a token, to the unquantized model."""
+
+    method: str
+    name: str
+    version: Any
+    metric: str
+    value: float
+    standard_error: float | None
+    kl: float | None
+    n: int
+
+
+@app.command("eval")
+def evaluate_model(
+    model: Annotated[
+        str, typer.Option("--model", metavar="M", help="A reference model, a checkpoint's id, or its path.")
+    ],
+    method: Annotated[
+        str, typer.Option("--method", metavar="METHOD", help="Implementation to quantize with.")
+    ] = "none",
+    config: Annotated[
+        list[str] | None, typer.Option("--config", metavar="K=V", help="A field of its Config. Repeatable.")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(metavar="ID", help="Calibration set, where the method needs one.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", metavar="A,B", help="lm-eval tasks: names or local YAML files.")
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option("--protocol", metavar="ID", help="Protocol (default: the tasks' own metrics)."),
+    ] = None,
+    n_shots: Annotated[
+        int | None, typer.Option(min=0, help="Examples in the prompt (default: the task's).")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens fed at once (default: the model's).")
+    ] = None,
+    json_file: JsonOption = None,
+    models_dir: ModelsDirOption = None,
+    model_path: ModelPathOption = None,
+    download: DownloadOption = False,
+    allow_pickle: AllowPickleOption = False,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Quantize a model and evaluate it beside the unquantized one, on lm-eval tasks or under a protocol."""
+    named = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if not named and protocol is None:
+        stop("nothing to evaluate on: give --tasks, --protocol, or both")
+    if protocol is not None and (n_shots is not None or max_length is not None):
+        stop(f"{protocol} fixes shots and window length; leave out --n-shots and --max-length")
+
+    from requant.catalog.calibration import CalibrationError
+    from requant.catalog.claims import Options
+    from requant.catalog.corpus import EvaluationError
+    from requant.catalog.weights import NotHere
+
+    options = Options(
+        str(models_dir) if models_dir else None, download, device, model_paths(model_path), allow_pickle
+    )
+    try:
+        versions = _models(model, method, parse_config(config or ()), calibration, options)
+        if protocol is None:
+            rows = list(_task_rows(versions, named, n_shots, max_length, download))
+        else:
+            rows = list(_protocol_rows(versions, protocol, named, download))
+    except (NotHere, EvaluationError, CalibrationError, ValueError) as problem:
+        stop(str(problem))
+    _print(rows, model)
+    if json_file is not None:
+        from requant.catalog.files import write_json
+
+        write_json(json_file, [{"model": model, "config": config or []} | asdict(row) for row in rows])
+
+
+def parse_config(pairs: Iterable[str]) -> dict[str, object]:
+    """`["w_bits=3", "group_size=null"]` as a mapping; values are read as JSON, else as text.
+
+    Raises: ValueError for one without `=`.
+    """
+    found: dict[str, object] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not (key and equals):
+            raise ValueError(f"--config {pair!r} is not K=V, like w_bits=3")
+        try:
+            found[key] = json.loads({"None": "null", "True": "true", "False": "false"}.get(text, text))
+        except ValueError:
+            found[key] = text
+    return found
+
+
+def _models(
+    name: str, method: str, config: Mapping[str, object], calibration: str | None, options: Options
+) -> list[tuple[str, Any, Any]]:
+    """(method, model, tokenizer): the unquantized model and, where a method is named, the quantized one."""
+    import torch
+
+    from requant.catalog.checkpoints import quantize
+    from requant.catalog.context import load_impl, make_config
+
+    if method != "none":
+        _require_method(method)
+        impl = load_impl(method)
+        made = make_config(impl, config)
+    elif config:
+        raise ValueError("--config needs a --method that it configures")
+    torch.manual_seed(0)
+    model, tokenizer, is_reference = _load(name, options)
+    versions = [("none", model, tokenizer)]
+    if method != "none":
+        calib = _calib(impl, method, calibration, tokenizer, is_reference, options.download)
+        versions.append((method, quantize(method, model, calib, made), tokenizer))
+    return versions
+
+
+def _require_method(method: str) -> None:
+    import requant.reference_impls
+
+    folder = Path(requant.reference_impls.__file__).parent
+    known = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    if method not in known:
+        hint = nearest(method, known)
+        raise ValueError(
+            f"there is no method {method!r}; there are {', '.join(known)}"
+            + (f"; did you mean {hint}?" if hint else "")
+        )
+
+
+def _load(name: str, options: Options) -> tuple[Any, Any, bool]:
+    """Model, tokenizer, and whether it is one of the reference models."""
+    from requant.catalog.checkpoints import checkpoint_path, load_checkpoint
+    from requant.catalog.reference.models import VARIANTS, load_reference
+    from requant.catalog.vocabulary import load_vocab
+
+    if name in VARIANTS:
+        found = load_reference(name)
+        return found.model.to(options.device), found.tokenizer, True
+    given = Path(name).exists() and name not in options.model_paths
+    path = Path(name) if given else checkpoint_path(name, options, load_vocab())
+    return *load_checkpoint(path, options.device, options.allow_pickle), False
+
+
+def _calib(
+    impl: Any, method: str, name: str | None, tokenizer: Any, is_reference: bool, download: bool
+) -> Any:
+    """Calibration tokens, None where none are needed. Raises: ValueError naming the sets there are."""
+    from requant.catalog.calibration import calibration_tokens
+    from requant.catalog.vocabulary import load_vocab
+
+    vocab = load_vocab()
+    if name is None:
+        if getattr(impl, "DATA_FREE", False):
+            return None
+        if not is_reference:
+            usable = sorted(key for key, item in vocab.calibrations.items() if item.rule)
+            raise ValueError(
+                f"{method} needs calibration data: give --calibration, one of {', '.join(usable)}"
+            )
+        name = REFERENCE_CALIBRATION
+    if name not in vocab.calibrations:
+        hint = nearest(name, vocab.calibrations)
+        raise ValueError(
+            f"there is no calibration set {name!r}" + (f"; did you mean {hint}?" if hint else "")
+        )
+    return calibration_tokens(vocab.calibrations[name], vocab, tokenizer, download)
+
+
+def _protocol_rows(
+    versions: Sequence[tuple[str, Any, Any]], protocol: str, tasks: Sequence[str], download: bool
+) -> Iterable[Row]:
+    from requant.catalog.evaluate import evaluate
+    from requant.catalog.protocols import get_protocol
+
+    chosen, plain = get_protocol(protocol), versions[0][1]
+    for method, model, tokenizer in versions:
+        found = evaluate(
+            model, tokenizer, chosen, tasks=tasks or None, download=download,
+            reference_model=plain if model is not plain else None,
+        )  # fmt: skip
+        yield _row(method, found)
+        if len(found.tasks) > 1:
+            for task, part in found.tasks.items():
+                yield Row(
+                    method,
+                    task,
+                    part["version"],
+                    found.metric,
+                    part["value"],
+                    None,
+                    None,
+                    part["n_documents"],
+                )
+
+
+def _row(method: str, found: Evaluation) -> Row:
+    version = ", ".join(f"{task} {part['version']}" for task, part in found.tasks.items()) or None
+    return Row(
+        method, found.protocol, version, found.metric, found.value, found.value_standard_error, found.kl,
+        found.n_windows,
+    )  # fmt: skip
+
+
+def _task_rows(
+    versions: Sequence[tuple[str, Any, Any]],
+    tasks: Sequence[str],
+    n_shots: int | None,
+    max_length: int | None,
+    download: bool,
+) -> Iterable[Row]:
+    """Every metric that every task reports."""
+    from requant.catalog.harness import n_documents, simple_evaluate
+
+    how = {"n_shots": n_shots, "max_length": max_length, "download": download}
+    for method, model, tokenizer in versions:
+        results = simple_evaluate(model, tokenizer, tasks, **how)
+        for task, row in results["results"].items():
+            for key, value in row.items():
+                metric, comma, filtered = key.partition(",")
+                if comma and isinstance(value, int | float) and not metric.endswith("_stderr"):
+                    name = metric if filtered == "none" else f"{metric} ({filtered})"
+                    version, n = results["versions"].get(task), n_documents(results, task)
+                    yield Row(method, task, version, name, float(value), None, None, n)
+
+
+def _print(rows: Sequence[Row], model: str) -> None:
+    table = Table("method", "on", "version", "metric", "value", "+-", "KL", "n", box=None, pad_edge=False)
+    for row in rows:
+        error = "" if row.standard_error is None else f"{row.standard_error:.2g}"
+        kl = "" if row.kl is None else f"{row.kl:.4f}"
+        version = "" if row.version is None else str(row.version)
+        method = "unquantized" if row.method == "none" else row.method
+        cells = (method, row.name, version, row.metric, f"{row.value:.5g}", error, kl, str(row.n))
+        table.add_row(*map(Text, cells))
+    screen = console()
+    screen.print(Text(model, style="bold"))
+    screen.print(table)

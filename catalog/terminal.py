@@ -1,0 +1,73 @@
+"""What the verbs of the command line share: options, the console, and the one line that ends a wrong call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from requant.catalog.errors import nearest, one_line
+from requant.catalog.loader import Catalog
+
+PapersOption = Annotated[
+    Path | None, typer.Option("--papers", metavar="DIR", help="Folder of entries (default: the catalog's).")
+]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Also write the records to FILE.")
+]
+MeasuredOption = Annotated[
+    Path | None,
+    typer.Option("--measured", metavar="DIR", help="Folder of the ledger (default: the catalog's)."),
+]
+ModelsDirOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Folder of checkpoints: DIR/<organisation>/<name>.")
+]
+ModelPathOption = Annotated[
+    list[str] | None,
+    typer.Option("--model-path", metavar="ID=PATH", help="A checkpoint's folder or .gguf file. Repeatable."),
+]
+DownloadOption = Annotated[
+    bool, typer.Option("--download", help="Fetch the checkpoints and data that are named.")
+]
+DeviceOption = Annotated[str, typer.Option(help="Where checkpoints run: cpu, cuda, ...")]
+AllowPickleOption = Annotated[
+    bool,
+    typer.Option("--allow-pickle", help="Also read pickled weights, plain tensors only (weights_only)."),
+]
+
+
+def stop(message: str) -> NoReturn:
+    """End the command with one line on stderr and exit code 2."""
+    typer.echo(f"requant: {one_line(message)}", err=True)
+    raise SystemExit(2)
+
+
+def known(ids: Iterable[str], catalog: Catalog) -> None:
+    """Stop if one of the ids is not an entry's."""
+    for name in ids:
+        if name not in catalog.files:
+            hint = nearest(name, catalog.files)
+            stop(
+                f"there is no entry {name!r} in {catalog.folders.papers}"
+                + (f"; did you mean {hint}?" if hint else "")
+            )
+
+
+def console() -> Console:
+    return Console(highlight=False, soft_wrap=False)
+
+
+def model_paths(given: Iterable[str] | None) -> Mapping[str, str]:
+    """`ID=PATH` options as a mapping; stops at one without `=`, or whose path does not exist."""
+    found = {}
+    for text in given or ():
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            stop(f"--model-path {text!r} is not ID=PATH, like facebook/opt-125m=models/opt-125m")
+        if not Path(path).exists():
+            stop(f"--model-path {name}: {path} does not exist")
+        found[name] = path
+    return found
