@@ -17,7 +17,7 @@ from requant.catalog.gate import fp16_gate, tokenizer_family, verify_checks
 from requant.catalog.protocols import Protocol, get_protocol
 from requant.catalog.tasks import SHARES, tasks_of
 from requant.catalog.vocabulary import Vocab, load_vocab
-from requant.catalog.weights import NotHere, find_checkpoint, load_checkpoint
+from requant.catalog.weights import NotHere, find_checkpoint, load_checkpoint, stamp
 
 if TYPE_CHECKING:
     from requant.catalog.claims import Options
@@ -98,7 +98,7 @@ def checkpoint_path(model_id: str, options: Options, vocab: Vocab) -> Path:
 def _load(path: Path, options: Options) -> _Held:
     """Keep one checkpoint in memory: claims on the same one follow each other."""
     global _held
-    key = (path, path.stat().st_mtime_ns, options.device, options.allow_pickle)
+    key = (path, stamp(path), options.device, options.allow_pickle)
     if _held.key != key:
         _held = _Held()  # let go of the last one before the next is read
         model, tokenizer = load_checkpoint(path, options.device, options.allow_pickle)

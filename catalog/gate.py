@@ -10,7 +10,7 @@ from requant.catalog.corpus import Checks
 from requant.catalog.protocols import Protocol, get_protocol
 
 GATE_ABS, GATE_REL = 0.02, 0.001  # agreement of an unquantized model across machines
-GATE_POINTS = 0.5  # the same for accuracies: a few near-ties of thousands of questions flip with dtype and kernels
+GATE_POINTS = 0.5  # the same for accuracies: near-ties among the answers flip with dtype and kernels
 _FAMILIES = (
     ("llama-3", r"llama-3"),
     ("llama-2", r"llama-2-|(^|/)llama-\d+b|tinyllama"),  # LLaMA and Llama 2 share their tokenizer

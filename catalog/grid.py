@@ -66,7 +66,9 @@ def _gcd(x: Tensor) -> Tensor:
     """Greatest common divisor along the last dimension, kept; 0 where all are 0."""
     while x.shape[-1] > 1:
         half = (x.shape[-1] + 1) // 2
-        x = torch.cat([torch.gcd(x[..., : x.shape[-1] - half], x[..., half:]), x[..., x.shape[-1] - half : half]], -1)
+        x = torch.cat(
+            [torch.gcd(x[..., : x.shape[-1] - half], x[..., half:]), x[..., x.shape[-1] - half : half]], -1
+        )
     return x.abs()
 
 

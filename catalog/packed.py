@@ -45,7 +45,9 @@ class NotPacked(ValueError):
     """The method gives nothing to pack for a linear; the message names both."""
 
 
-def save_packed(plain: Plain, impl: ModuleType, cfg: object, records: Records, folder: Path) -> dict[str, Any]:
+def save_packed(
+    plain: Plain, impl: ModuleType, cfg: object, records: Records, folder: Path
+) -> dict[str, Any]:
     """Write config.json, packed.safetensors and requant.json into an existing folder.
 
     Returns: what was written: format, and the bits that the linears take, shapes left out.
@@ -86,7 +88,9 @@ def save_packed(plain: Plain, impl: ModuleType, cfg: object, records: Records, f
 def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """One name for tensors that share memory: the model built from its config ties them again."""
     first: dict[int, str] = {}
-    return {name: value for name, value in tensors.items() if first.setdefault(value.data_ptr(), name) == name}
+    return {
+        name: value for name, value in tensors.items() if first.setdefault(value.data_ptr(), name) == name
+    }
 
 
 def _from_grid(name: str, W: Tensor, impl: ModuleType, cfg: object) -> dict[str, Tensor]:
@@ -150,7 +154,15 @@ def load_packed(folder: str | Path) -> nn.Module:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         _fill(model, _dense(tensors) | dict(_unpacked(metadata["matrices"], tensors, impl, cfg)))
         sides = [_roundings(metadata["activations"], side, tensors) for side in ("input", "output")]
-    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except (
+        LookupError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        ImportError,
+        SafetensorError,
+    ) as error:
         raise PackedFileError(
             f"{folder.name}/{METADATA} does not describe {WEIGHTS}: {_first_line(error)}; quantize the model again"
         ) from error
@@ -198,7 +210,9 @@ def _unpacked(
 ) -> Iterator[tuple[str, Tensor]]:
     for index, matrix in matrices.items():
         prefix = f"matrix.{index}."
-        W = impl.unpack_weight({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, cfg)
+        W = impl.unpack_weight(
+            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, cfg
+        )
         for part in matrix["linears"]:
             yield f"{part['name']}.weight", W[slice(*part["rows"])]
 

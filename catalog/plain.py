@@ -97,7 +97,9 @@ def _compare(quantized: nn.Module, original: nn.Module) -> None:
     types = {name: type(module) for name, module in original.named_modules()}
     for name, module in quantized.named_modules():
         if types.pop(name, None) is not type(module):
-            raise NotPlain(f"{name or 'the model'} became a {type(module).__name__}, which only its method can build")
+            raise NotPlain(
+                f"{name or 'the model'} became a {type(module).__name__}, which only its method can build"
+            )
         if "requant_transform" in vars(module):
             raise NotPlain(f"{name} transforms queries, keys or values while it runs")
     if types:
@@ -105,7 +107,11 @@ def _compare(quantized: nn.Module, original: nn.Module) -> None:
     shapes = {name: value.shape for name, value in original.state_dict().items()}
     if {name: value.shape for name, value in quantized.state_dict().items()} != shapes:
         raise NotPlain("it has parameters of other names or shapes than its config gives")
-    if any(hooks for module in quantized.modules() for hooks in (module._forward_pre_hooks, module._forward_hooks)):
+    if any(
+        hooks
+        for module in quantized.modules()
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+    ):
         raise NotPlain("hooks change what its modules compute")
 
 

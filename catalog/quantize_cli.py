@@ -14,7 +14,8 @@ from requant.catalog.terminal import DownloadOption, ModelsDirOption, stop
 def quantize(
     method: Annotated[str, typer.Argument(metavar="METHOD", help="Id of an implementation, like gptq.")],
     model: Annotated[
-        str, typer.Option(metavar="M", help="Folder or id of a Hugging Face model, or reference[-outlier|-sink].")
+        str,
+        typer.Option(metavar="M", help="Folder or id of a Hugging Face model, or reference[-outlier|-sink]."),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the quantized model.")],
     config: Annotated[
@@ -22,7 +23,9 @@ def quantize(
     ] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(metavar="ID", help="Calibration set (default: the reference text, for reference models)."),
+        typer.Option(
+            metavar="ID", help="Calibration set (default: the reference text, for reference models)."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the method and of reference calibration.")] = 0,
     layout: Annotated[

@@ -4,11 +4,14 @@
 walk. So while a method runs, `recording` puts a function in the place of its `quantize_weight` that packs, unpacks and
 keeps what was packed. That a method's unpacked layer equals its quantized layer is a test every method passes, so the
 result is the same model, and no method changes. Rows of stacked matrices are found again by their bits.
+
+Packing takes longer than rounding. `needless` saves it where codes can be read off the finished weights: it is asked
+once, about the first matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -31,6 +34,7 @@ class Records:
     """All matrices of one run, with an index from the key of a row to the places it has."""
 
     matrices: list[Record] = field(default_factory=list)
+    skipped: bool | None = None  # whether packing was needless; None before the first matrix
     places: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
 
     def add(self, packed: dict[str, Tensor], W: Tensor) -> None:
@@ -57,14 +61,25 @@ def _row_keys(W: Tensor) -> Tensor:
 
 
 @contextmanager
-def recording(impl: ModuleType) -> Iterator[Records]:
-    """While open, every weight the method quantizes is kept in packed form; one run at a time in a process."""
+def recording(impl: ModuleType, needless: Callable[[Tensor], bool] = lambda _: False) -> Iterator[Records]:
+    """While open, every weight the method quantizes is kept in packed form; one run at a time in a process.
+
+    Args:
+        needless: asked about the first quantized matrix [d_out, d_in]; if true, nothing is kept.
+    """
     records, plain = Records(), getattr(impl, "quantize_weight", None)
     if plain is None or not hasattr(impl, "pack_weight"):
         yield records
         return
 
     def quantize_weight(W: Tensor, H: Tensor | None, cfg: object) -> Tensor:
+        if records.skipped is None:
+            first = plain(W, H, cfg)
+            records.skipped = needless(first)
+            if records.skipped:
+                return first
+        if records.skipped:
+            return plain(W, H, cfg)
         packed = impl.pack_weight(W, H, cfg)
         unpacked = impl.unpack_weight(packed, cfg)
         records.add(packed, unpacked)

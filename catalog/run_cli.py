@@ -1,11 +1,10 @@
-"""`requant run` and `requant models`: measure claims, say beforehand what a run would do, and what it needs."""
+"""`requant run`: measure claims, or say beforehand what a run would do."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -238,44 +237,3 @@ def print_plan(rows: Sequence[Planned], rate: float, device: str, jobs: int) -> 
             style="dim",
         )
     )
-
-
-@app.command()
-def models(
-    json_file: JsonOption = None,
-    models_dir: ModelsDirOption = None,
-    model_path: ModelPathOption = None,
-    papers: PapersOption = None,
-) -> None:
-    """List the checkpoints that claims name: size, licence, memory, whether they are here, claims they unlock."""
-    from requant.catalog.inventory import checkpoints, in_bytes, in_units
-
-    catalog = load_catalog(papers)
-    rows = checkpoints(catalog, models_dir=models_dir, model_paths=model_paths(model_path))
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("checkpoint", overflow="fold", min_width=26)
-    for name in ("claims", "params", "size", "CPU", "GPU", "here", "licence"):
-        table.add_column(name, no_wrap=name not in ("here", "licence"))
-    for row in rows:
-        gated = {True: ", gated", False: "", None: ", gated?"}[row.gated]
-        about = row.size_bytes is None and row.params is not None
-        size = f"~{in_bytes(2 * row.params)}" if about else in_bytes(row.size_bytes)
-        here = (row.here or "-") if row.usable or not row.cached else f"{row.here}: {row.form}, refused"
-        memory = (in_bytes(row.cpu_bytes), in_bytes(row.gpu_bytes))
-        cells = (row.id, str(row.n_claims), in_units(row.params), size, *memory, here)
-        table.add_row(*map(Text, cells), Text((row.license or "?") + gated))
-    console().print(table)
-    unlocked = sum(row.n_claims for row in rows if row.usable)
-    here = sum(row.cached for row in rows)
-    n_claims = sum(row.n_claims for row in rows)
-    typer.echo(f"{len(rows)} checkpoints, {here} of them here, {unlocked} of {n_claims} claims unlocked")
-    typer.echo(
-        "CPU, GPU: memory to measure a claim: 2 models (unquantized, quantized) x params x 4 bytes (float32) or "
-        "2 bytes (bfloat16). ~: 2 bytes a parameter, not looked up."
-    )
-    if json_file is not None:
-        from requant.catalog.files import write_json
-
-        write_json(json_file, [asdict(row) | {"claims": list(row.claims)} for row in rows])
-    for error in catalog.errors:
-        typer.echo(f"left out: {error}", err=True)

@@ -42,6 +42,13 @@ def _files(path: Path, form: str | None) -> list[Path]:
     return sorted(file for file in path.glob("*") if file.suffix in _SUFFIXES.get(form, ()))
 
 
+def stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
+    """Name, size and time of every file there: what tells that a checkpoint was replaced."""
+    files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.is_file())
+    stats = ((file.name, file.stat()) for file in files)
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
+
 def weights_form(path: Path) -> str | None:
     """In which form a folder (or file) holds weights: the safest there is, or None for no weights."""
     forms = (form for form in _SUFFIXES if any(file.suffix in _SUFFIXES[form] for file in _files(path, form)))

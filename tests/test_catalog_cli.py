@@ -134,6 +134,26 @@ def test_models_lists_checkpoints(toy_folder, tmp_path, monkeypatch):
     assert {row["id"]: row["cached"] for row in rows} == {"toys/toy-125m": False, "toys/toy-7b": True}
 
 
+def test_models_says_where_a_checkpoint_is_and_what_it_takes(toy_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(inventory, "cached_models", lambda cache_dir=None: frozenset())
+    small, large = tmp_path / "all" / "toys" / "toy-125m", tmp_path / "elsewhere"
+    for folder, weights in ((small, "pytorch_model.bin"), (large, "model.safetensors")):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}", encoding="utf-8")
+        (folder / weights).write_bytes(b"12345")
+    target = tmp_path / "models.json"
+    arguments = ("--models-dir", tmp_path / "all", "--model-path", f"toys/toy-7b={large}")
+    result = run("models", "--papers", toy_folder, "--json", target, *arguments)
+    assert result.exit_code == 0, result.stderr
+    rows = {row["id"]: row for row in json.loads(target.read_text(encoding="utf-8"))}
+    assert list(validator("inventory").iter_errors(list(rows.values()))) == []
+    pickled, row = rows["toys/toy-125m"], rows["toys/toy-7b"]
+    assert (pickled["here"], pickled["form"]) == ("models-dir", "pickle")
+    assert (row["here"], row["form"], row["size_bytes"]) == ("model-path", "safetensors", 5)
+    assert row["cpu_bytes"] == 2 * row["params"] * 4 and row["gpu_bytes"] == 2 * row["params"] * 2
+    assert "refused" in result.stdout and "1 of 2 claims unlocked" in result.stdout
+
+
 def test_check_never_imports_torch():
     code = "import sys, requant.catalog.cli as c; c.load_catalog(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

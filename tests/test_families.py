@@ -1,4 +1,4 @@
-"""Model families as checkpoints on disk, through the whole path of a published number: find, load, gate, quantize, evaluate."""
+"""Model families as checkpoints on disk, through all that a published number takes: find, load, quantize, evaluate."""
 
 from __future__ import annotations
 
