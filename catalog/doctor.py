@@ -3,8 +3,8 @@
 The reference model's perplexity on the short split is the canary: tokenizer, text, weights, attention and loss, in
 seconds. reference/canary.json holds what it was with the pinned versions; `python -m requant.catalog.doctor --write`
 measures it anew. Other instruction sets, threads and denormals move it by 2e-8 (AVX2 against none, oneDNN or not), so
-a change in the fourth digit is more than arithmetic, but less than any claim's margin; more than 0.1 % is as much as
-the differences that claims are about, and then no number from here means anything.
+a change in the fourth digit is more than arithmetic, but below nearly all margins of claims; more than 0.1 % is as
+much as the differences that claims are about, and then no number from here means anything.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def compare(value: float, wanted: float, versions: dict[str, str], seconds: floa
         return Finding(
             NOTE,
             "perplexity",
-            f"{text}: {off:.3%} off, as other versions may be; too little to decide a claim",
+            f"{text}: {off:.3%} off, as other versions may be; less than nearly all claims are about",
         )
     here = {name: installed(name) for name in versions}
     changed = [

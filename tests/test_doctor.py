@@ -41,8 +41,8 @@ def test_the_recorded_value_says_how_it_was_measured() -> None:
     [
         (1.0, OK, "four digits"),
         (1 + 4e-5, OK, "four digits"),
-        (1 + 6e-5, NOTE, "too little"),
-        (1 - 9e-4, NOTE, "too little"),
+        (1 + 6e-5, NOTE, "nearly all"),
+        (1 - 9e-4, NOTE, "nearly all"),
         (1.002, BAD, "do not trust"),
         (0.5, BAD, "do not trust"),
         (float("inf"), BAD, "do not trust"),
