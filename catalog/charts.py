@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -183,8 +183,3 @@ def _where(source: Source) -> str:
 
 def _trust(source: Source, own: bool) -> tuple[int, bool]:
     return ("primary", "secondary", "recalled").index(source.evidence), not own
-
-
-def untraced(charts: Mapping[str, Iterable[Point]]) -> Iterator[Point]:
-    """The points drawn hollow."""
-    return (point for points in charts.values() for point in points if not point.seen)

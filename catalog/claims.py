@@ -28,6 +28,7 @@ from requant.catalog.entry import (
     OrderingClaim,
     Paper,
     Run,
+    reported,
 )
 
 REPRODUCED, CONTRADICTED, NOT_RUN = "reproduced", "contradicted", "not run"
@@ -124,17 +125,6 @@ def without_method(claim: Claim) -> Claim:
             claim, relation=" < ".join(claim.baseline.get(name, name) for name in claim.order), expected=None
         )
     raise TypeError(f"a claim of kind {claim.kind} has no baseline to be replaced by")
-
-
-def reported(claim: Claim) -> float | str | None:
-    """What the claim says, short enough for a table cell."""
-    if isinstance(claim, OrderingClaim):
-        return f"{claim.relation} by {claim.margin:g} nats"
-    if isinstance(claim, InvariantClaim):
-        return f"<= {claim.bound:g}"
-    if isinstance(claim, FindingClaim) and claim.function:
-        return f"{claim.relation} by {claim.margin or 0:g}"
-    return claim.value
 
 
 def _outcome(

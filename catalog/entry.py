@@ -277,6 +277,17 @@ class Paper:
         raise KeyError(f"{self.id} has no claim {claim_id!r}; it has {', '.join(c.id for c in self.claims)}")
 
 
+def reported(claim: Claim) -> float | str | None:
+    """What the claim says, short enough for a table cell."""
+    if isinstance(claim, OrderingClaim):
+        return f"{claim.relation} by {claim.margin:g} nats"
+    if isinstance(claim, InvariantClaim):
+        return f"<= {claim.bound:g}"
+    if isinstance(claim, FindingClaim) and claim.function:
+        return f"{claim.relation} by {claim.margin or 0:g}"
+    return claim.value
+
+
 def split_relation(relation: str) -> tuple[str, ...]:
     """Names of "a < b < c" from left to right."""
     return tuple(name.strip() for name in relation.split("<"))

@@ -17,8 +17,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from requant.catalog.claims import NOT_RUN, Measurement, Options, measure, measure_all, reported
-from requant.catalog.entry import Claim, Paper
+from requant.catalog.claims import NOT_RUN, Measurement, Options, measure, measure_all
+from requant.catalog.entry import Claim, Paper, reported
 from requant.catalog.loader import load_catalog
 
 _SPAWN = multiprocessing.get_context("spawn")

@@ -128,6 +128,26 @@ def check_tensor(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], ndim:
     return tensor.contiguous()
 
 
+def apply_weight(
+    x: Tensor, weight: Any, backend: Backend, reference: Callable[..., Tensor], launch: Callable[..., Tensor]
+) -> Tensor:
+    """x [..., d_in] times the transpose of a stored weight [d_out, d_in]: [..., d_out] in x's dtype.
+
+    Args:
+        weight: has d_in, d_out and `tensors`, which are on x's device.
+        reference: the torch truth, called with x as it is; launch: the kernel, called with x as [rows, d_in].
+    Raises: ValueError for a wrong shape, dtype or device, or an empty x; RuntimeError if backend="triton" cannot run.
+    """
+    x = check_tensor("x", x, FLOATS)
+    check(
+        x.shape[-1] == weight.d_in,
+        f"x must have d_in={weight.d_in} as its last dimension, not shape {tuple(x.shape)}",
+    )
+    if not use_triton(backend, x, *weight.tensors.values()):
+        return reference(x, weight)
+    return launch(x.reshape(-1, weight.d_in), weight).reshape(*x.shape[:-1], weight.d_out)
+
+
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """Raises: ValueError naming the argument, its shape and the shape wanted."""
     check(tuple(tensor.shape) == shape, f"{name} must have shape {shape}, not {tuple(tensor.shape)}")

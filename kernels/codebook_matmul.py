@@ -15,17 +15,14 @@ from torch import Tensor
 
 from requant.kernels._split import TILES, block_rows, run_parts, split_count, tile_add, tile_sum, tile_zeros
 from requant.kernels._triton import (
-    FLOATS,
     Backend,
+    apply_weight,
     assert_dot_block,
     autotune,
     cdiv,
-    check,
-    check_tensor,
     jit,
     next_power_of_2,
     tl,
-    use_triton,
 )
 from requant.kernels.bitstream import never_straddles, window_at
 from requant.kernels.codebook import CodebookWeight, ColumnParts, decode_ref
@@ -167,11 +164,4 @@ def codebook_matmul(x: Tensor, weight: CodebookWeight | ColumnParts, *, backend:
     Returns: [..., d_out] in x's dtype, accumulated in float32.
     Raises: ValueError for a wrong shape, dtype or device, or an empty x; RuntimeError if backend="triton" cannot run.
     """
-    x = check_tensor("x", x, FLOATS)
-    check(
-        x.shape[-1] == weight.d_in,
-        f"x must have d_in={weight.d_in} as its last dimension, not shape {tuple(x.shape)}",
-    )
-    if not use_triton(backend, x, *weight.tensors.values()):
-        return codebook_matmul_ref(x, weight)
-    return _launch(x.reshape(-1, weight.d_in), weight).reshape(*x.shape[:-1], weight.d_out)
+    return apply_weight(x, weight, backend, codebook_matmul_ref, _launch)

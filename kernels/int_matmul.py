@@ -22,20 +22,17 @@ import torch
 from torch import Tensor
 
 from requant.kernels._triton import (
-    FLOATS,
     Backend,
+    apply_weight,
     assert_dot_block,
     autotune,
     cdiv,
-    check,
-    check_tensor,
     config,
     jit,
     next_power_of_2,
     split_parts,
     sum_parts,
     tl,
-    use_triton,
 )
 from requant.kernels.pack import PackedWeight, code_at, dequantize_ref
 
@@ -283,12 +280,4 @@ def int_matmul(x: Tensor, weight: PackedWeight, *, backend: Backend = "auto") ->
     Returns: [..., d_out] in x's dtype, accumulated in float32.
     Raises: ValueError for a wrong shape, dtype or device, or an empty x; RuntimeError if backend="triton" cannot run.
     """
-    x = check_tensor("x", x, FLOATS)
-    check(
-        x.shape[-1] == weight.d_in,
-        f"x must have d_in={weight.d_in} as its last dimension, not shape {tuple(x.shape)}",
-    )
-    if not use_triton(backend, x, *weight.tensors.values()):
-        return int_matmul_ref(x, weight)
-    flat = x.reshape(-1, weight.d_in)
-    return _launch(flat, weight).reshape(*x.shape[:-1], weight.d_out)
+    return apply_weight(x, weight, backend, int_matmul_ref, _launch)

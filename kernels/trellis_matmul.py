@@ -31,6 +31,7 @@ from requant.kernels._split import TILES, block_rows, run_parts, split_count, ti
 from requant.kernels._triton import (
     FLOATS,
     Backend,
+    apply_weight,
     assert_dot_block,
     autotune,
     cdiv,
@@ -39,7 +40,6 @@ from requant.kernels._triton import (
     check_tensor,
     jit,
     tl,
-    use_triton,
 )
 
 Code = Literal["1mad", "3inst", "hyb"]
@@ -288,11 +288,4 @@ def trellis_matmul(x: Tensor, weight: TrellisWeight, *, backend: Backend = "auto
     Returns: [..., d_out] in x's dtype, accumulated in float32.
     Raises: ValueError for a wrong shape, dtype or device, or an empty x; RuntimeError if backend="triton" cannot run.
     """
-    x = check_tensor("x", x, FLOATS)
-    check(
-        x.shape[-1] == weight.d_in,
-        f"x must have d_in={weight.d_in} as its last dimension, not shape {tuple(x.shape)}",
-    )
-    if not use_triton(backend, x, *weight.tensors.values()):
-        return trellis_matmul_ref(x, weight)
-    return _launch(x.reshape(-1, weight.d_in), weight).reshape(*x.shape[:-1], weight.d_out)
+    return apply_weight(x, weight, backend, trellis_matmul_ref, _launch)

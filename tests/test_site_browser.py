@@ -26,10 +26,9 @@ api = pytest.importorskip("playwright.sync_api", reason='needs the extra "site":
 
 from axe_playwright_python.sync_playwright import Axe
 
-from requant.catalog.entry import IndependentResult, Paper, Source, Venue
+from requant.catalog.entry import IndependentResult, Paper, Source, Venue, reported
 from requant.catalog.loader import load_catalog
 from requant.catalog.render import builder
-from requant.catalog.render.verdicts import claimed
 
 CHROMIUM = os.environ.get("REQUANT_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
@@ -81,7 +80,7 @@ def _ledger(folder: Path, paper: Paper) -> None:
         records.append(
             {
                 "claim": claim.id,
-                "reported": claimed(claim),
+                "reported": reported(claim),
                 "measured": measured,
                 "state": state,
                 "reason": "",

@@ -25,15 +25,17 @@ from requant.catalog.entry import (
     Paper,
     Source,
     Venue,
+    reported,
 )
 from requant.catalog.loader import load_catalog
 from requant.catalog.render.content import Content, prepare
-from requant.catalog.render.escape import clean, embed, environment, plain, safe_url, slug
+from requant.catalog.render.escape import clean, embed, environment, number, plain, safe_url, slug
 from requant.catalog.render.feeds import feed, llms_txt
 from requant.catalog.render.page import heading
 from requant.catalog.render.pages import all_pages
 from requant.catalog.render.site import draw_charts, files
-from requant.catalog.render.verdicts import OUTDATED, claimed
+from requant.catalog.render.verdicts import OUTDATED
+from requant.catalog.render.view import paper_view
 
 SITE_URL = "https://requant.example/"
 EVIL = (
@@ -207,7 +209,7 @@ def test_the_ledger_decides_the_state_and_a_changed_claim_counts_as_not_run(tmp_
         tmp_path,
         "gptq",
         [
-            {**record, "claim": first.id, "reported": claimed(first)},
+            {**record, "claim": first.id, "reported": reported(first)},
             {**record, "claim": second.id, "reported": "something else"},
         ],
     )
@@ -227,11 +229,12 @@ def test_the_ledger_decides_the_state_and_a_changed_claim_counts_as_not_run(tmp_
 
 
 def test_the_site_says_of_a_claim_what_the_terminal_says() -> None:
-    from requant.catalog.claims import reported
+    from requant.catalog import claims
 
-    for entry in load_catalog().papers.values():
-        for claim in entry.claims:
-            assert claimed(claim) == reported(claim)
+    catalog = load_catalog()
+    for entry in catalog.papers.values():
+        for shown in paper_view(entry, catalog.vocab, {}, ()).claims:
+            assert shown.reported == number(claims.reported(shown.claim))
 
 
 def test_the_same_input_gives_the_same_bytes(content: Content) -> None:

@@ -8,15 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from requant.catalog import export
-from requant.catalog.entry import (
-    BitsClaim,
-    Claim,
-    FindingClaim,
-    InvariantClaim,
-    MeasuredClaim,
-    OrderingClaim,
-    Paper,
-)
+from requant.catalog.entry import Claim, Paper, reported
 
 REPRODUCED, CONTRADICTED, NOT_RUN = STATES = ("reproduced", "contradicted", "not run")
 ICONS = {REPRODUCED: "\u2713", CONTRADICTED: "\u2717", NOT_RUN: "\u2013"}
@@ -42,27 +34,13 @@ class Verdict:
         return ICONS[self.state]
 
 
-def claimed(claim: Claim) -> float | str | None:
-    """What a claim says, short enough for a table cell; the same text that the terminal shows."""
-    match claim:
-        case OrderingClaim():
-            return f"{claim.relation} by {claim.margin:g} nats"
-        case InvariantClaim():
-            return f"<= {claim.bound:g}"
-        case FindingClaim(function=str()):
-            return f"{claim.relation} by {claim.margin or 0:g}"
-        case MeasuredClaim() | BitsClaim() | FindingClaim():
-            return claim.value
-    return None
-
-
 def current(papers: Iterable[Paper], ledger: Ledger) -> dict[str, dict[str, Mapping[str, Any]]]:
     """The ledger without records of claims that have changed since: those count as not run, and say so."""
     kept: dict[str, dict[str, Mapping[str, Any]]] = {}
     for paper in papers:
         saved, known = ledger.get(paper.id, {}), {claim.id: claim for claim in paper.claims}
         kept[paper.id] = {
-            name: record if _same(record.get("reported"), claimed(known[name])) else _outdated(record)
+            name: record if _same(record.get("reported"), reported(known[name])) else _outdated(record)
             for name, record in saved.items()
             if name in known
         }

@@ -16,9 +16,10 @@ from requant.catalog.entry import (
     OrderingClaim,
     Paper,
     Source,
+    reported,
 )
 from requant.catalog.render.escape import number, slug
-from requant.catalog.render.verdicts import NOT_RUN, STATES, Ledger, Verdict, claimed, tally, verdict
+from requant.catalog.render.verdicts import NOT_RUN, STATES, Ledger, Verdict, tally, verdict
 from requant.catalog.vocabulary import Vocab
 
 Facts = tuple[tuple[str, str], ...]  # name and value
@@ -174,7 +175,7 @@ def _claim_view(
     notes = (claim.note, getattr(claim, "bits_note", None), getattr(claim, "baselines_note", None))
     return ClaimView(
         claim=claim,
-        reported=number(claimed(claim)),
+        reported=number(reported(claim)),
         unit=getattr(claim, "metric", None) or {"bits": "bits per weight"}.get(claim.kind),
         model=getattr(claim, "model", None),
         setting=_settings(getattr(claim, "setting", None) or getattr(claim, "config", None) or {}),
