@@ -16,7 +16,7 @@ from requant.catalog.evaluate import Evaluation, evaluate
 from requant.catalog.protocols import get_protocol
 from requant.catalog.reference import models
 
-SHORT_PROTOCOL = "reference-kjv-256-short/1"
+ORDERING_PROTOCOL = "reference-kjv-256-spread/1"  # of orderings and findings
 
 
 def load_impl(name: str) -> ModuleType:
@@ -71,11 +71,11 @@ class Context:
         W, X = _layer(name, model, n_tokens, self.seed)
         return W.clone(), X.T @ X / len(X), X.clone()
 
-    def nll(self, model: nn.Module, protocol: str = SHORT_PROTOCOL) -> float:
+    def nll(self, model: nn.Module, protocol: str = ORDERING_PROTOCOL) -> float:
         """Mean next-token loss in nats of a model that uses the reference tokenizer."""
         return self.evaluate(model, protocol).nll
 
-    def evaluate(self, model: nn.Module, protocol: str = SHORT_PROTOCOL) -> Evaluation:
+    def evaluate(self, model: nn.Module, protocol: str = ORDERING_PROTOCOL) -> Evaluation:
         """The full evaluation behind `nll`."""
         return evaluate(model, self.tokenizer(), get_protocol(protocol))
 
@@ -84,7 +84,7 @@ class Context:
         impl: str,
         config: Mapping[str, object],
         model: str = "reference",
-        protocol: str = SHORT_PROTOCOL,
+        protocol: str = ORDERING_PROTOCOL,
         calib: tuple[int, int] = (64, 256),
     ) -> Evaluation:
         """Quantize a reference model with a method (`none`: leave it) and evaluate it; cached within the process.

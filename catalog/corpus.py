@@ -190,6 +190,9 @@ def token_windows(texts: Sequence[str], tokenizer: Tokenizer, protocol: Protocol
     found = [window for part in parts for window in _cut(part[: selection.max_tokens], tokenizer, protocol)]
     if selection.rule == "first-windows":
         found = found[: selection.n]
+    elif selection.rule == "spread-windows":
+        n = min(selection.n, len(found))
+        found = [found[i * len(found) // n] for i in range(n)]
     n_tokens = sum(map(len, parts))
     if not found:
         length = protocol.windows.length

@@ -26,6 +26,7 @@ from requant.catalog.machine import BAD, NOTE, OK, Finding, installed, machine, 
 from requant.catalog.terminal import JsonOption, console
 
 CANARY = Path(__file__).parent / "reference" / "canary.json"
+PROTOCOL = "reference-kjv-256-short/1"  # long enough for four digits, short enough for a health check
 CONSTRAINTS = Path(__file__).parent.parent / "constraints.txt"
 SAME, TRUSTED = 5e-5, 1e-3  # relative: equal to four digits; beyond this no number is to be trusted
 DECISIVE = (
@@ -74,12 +75,11 @@ def examine() -> Iterator[Finding]:
 
 def measure() -> tuple[float, float]:
     """Perplexity of the reference model on the short split, with this process's threads, and the seconds it took."""
-    from requant.catalog.context import SHORT_PROTOCOL
     from requant.catalog.evaluate import evaluate
     from requant.catalog.reference.models import load_reference
 
     reference, started = load_reference(), time.perf_counter()
-    found = evaluate(reference.model, reference.tokenizer, SHORT_PROTOCOL)
+    found = evaluate(reference.model, reference.tokenizer, PROTOCOL)
     return found.value, time.perf_counter() - started
 
 
@@ -131,13 +131,12 @@ def record_canary(path: Path = CANARY) -> dict[str, Any]:
     """Measure with one thread and denormals flushed, as the tests do, and write the file."""
     import torch
 
-    from requant.catalog.context import SHORT_PROTOCOL
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     value, _ = measure()
     recorded = {
-        "protocol": SHORT_PROTOCOL, "perplexity": round(value, 8),
+        "protocol": PROTOCOL, "perplexity": round(value, 8),
         "versions": {name: installed(name) for name in DECISIVE},
         "machine": platform.machine(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }  # fmt: skip

@@ -59,7 +59,7 @@ class WindowRule:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    rule: str  # all | random-crops | first-documents | first-windows
+    rule: str  # all | random-crops | first-documents | first-windows | spread-windows (n at equal steps)
     n: int | None  # crops, documents or windows
     seed: int | None  # of Python's random.Random
     min_tokens: int | None  # a document with fewer tokens is drawn again
@@ -217,7 +217,8 @@ def _check(protocol: Protocol, doc: Document, index: int) -> None:
 def _contradictions(p: Protocol) -> list[tuple[str, str]]:
     windows, selection, special = p.windows, p.selection, p.tokenizer.special_tokens
     step = None if windows.length is None else windows.length - (p.bos == "every-window")
-    needed = {"random-crops": ("n", "seed", "min_tokens"), "first-documents": ("n",), "first-windows": ("n",)}
+    needed = {"random-crops": ("n", "seed", "min_tokens")}
+    needed |= dict.fromkeys(("first-documents", "first-windows", "spread-windows"), ("n",))
     missing = [name for name in needed.get(selection.rule, ()) if getattr(selection, name) is None]
     by_harness = (
         p.engine == "lm-eval",

@@ -32,7 +32,7 @@ claims:
     statement: TODO(you)
     source: {where: TODO(you), seen_at: TODO(you), evidence: primary}    # primary | secondary | recalled
     model: reference
-    protocol: reference-kjv-256-short/1
+    protocol: reference-kjv-256-spread/1
     runs: {$id: {}, rtn: {impl: rtn}}
     relation: $id < rtn
     margin: 0.0    # nats

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,8 @@ class Block:
     Attributes:
         inputs: hidden states [n_samples, seqlen, hidden], one tensor per batch.
         kwargs: the other arguments the model calls the block with (mask, position embeddings, ...).
+        original_inputs, targets: with propagate="both", the inputs that unchanged blocks give, and the outputs of
+            this block as it was on them; batched like `inputs`. Elsewhere empty.
     """
 
     index: int
@@ -63,12 +65,20 @@ class Block:
     module: nn.Module
     inputs: list[Tensor]
     kwargs: Mapping[str, object]
+    original_inputs: list[Tensor] = field(default_factory=list)
+    targets: list[Tensor] = field(default_factory=list)
 
     def run(self) -> list[Tensor]:
         """Outputs of the block as it now is, for every batch of inputs."""
-        return [self._forward(batch) for batch in self.inputs]
+        return [self.forward(batch) for batch in self.inputs]
 
-    def _forward(self, batch: Tensor) -> Tensor:
+    def forward(self, batch: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Output of the block for hidden states [n, seqlen, hidden].
+
+        Args:
+            parameters: dotted name in the block -> tensor used in the place of that parameter in this pass, through
+                which gradients flow (torch.func.functional_call).
+        """
         # recorded for one sample: leading dimensions of 1 broadcast, Bloom's alibi [heads, 1, seqlen] is
         # batch-major
         kwargs = {
@@ -77,7 +87,10 @@ class Block:
             else value
             for key, value in self.kwargs.items()
         }
-        output = self.module(batch, **kwargs)
+        if parameters:
+            output = torch.func.functional_call(self.module, dict(parameters), (batch,), kwargs)
+        else:
+            output = self.module(batch, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def observe(self, modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> None:
@@ -99,7 +112,7 @@ class Block:
 
             handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
             try:
-                self._forward(batch)
+                self.forward(batch)
             except _Stop:
                 pass
             finally:
@@ -142,7 +155,8 @@ def walk_blocks(
     Args:
         calib: int64 [n_samples, seqlen].
         propagate: "quantized" feeds a block with the outputs of the blocks before it as the caller left
-            them (GPTQ); "original" with their outputs before the caller changed them (AWQ).
+            them (GPTQ); "original" with their outputs before the caller changed them (AWQ); "both" gives the
+            first as `inputs` and the second as `original_inputs`, with `targets` to be reconstructed (OmniQuant).
     """
     check_calib(calib)
     blocks = decoder_blocks(model)
@@ -150,8 +164,12 @@ def walk_blocks(
     batches = calib.split(batch_size)
     kwargs = _block_kwargs(model, blocks, batches)
     inputs = [_first_input(model, blocks[0], batch) for batch in batches]
+    originals = inputs
     for index, module in enumerate(blocks):
         block = Block(index, names[id(module)], module, inputs, kwargs[index])
+        if propagate == "both":
+            block.original_inputs = originals
+            originals = block.targets = [block.forward(batch) for batch in originals]
         ahead = block.run() if propagate == "original" else None
         yield block
         if index + 1 < len(blocks):

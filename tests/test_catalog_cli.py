@@ -86,7 +86,7 @@ def test_filled_in_template_passes_but_for_the_module(toy_folder):
         .replace("arxiv: TODO(you)", "arxiv: null")
         .replace("impl: rtn", "impl: toy_nearest")
     )
-    text = text.replace("reference-kjv-256-short/1", "reference-toy-short/1").replace(
+    text = text.replace("reference-kjv-256-spread/1", "reference-toy-short/1").replace(
         "dataset: wikitext2", "dataset: toytext"
     )
     names = {"name": "arXiv", "year": "2024", "url": '"https://toys.example"', "tags": "[analysis]"}

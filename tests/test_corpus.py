@@ -127,6 +127,12 @@ def test_reference_puts_bos_before_every_window():
     assert show(token_windows(["abcd", "efg"], Characters(), protocol)) == [("^abc", 1), ("^d\n\n", 1)]
 
 
+def test_spread_windows_lie_at_equal_steps():
+    protocol = short("reference-kjv-256-spread/1", 2, 1, selection={"n": 3})
+    found = token_windows(["abcdefghijk"], Characters(), protocol)
+    assert show(found) == [("^a", 1), ("^d", 1), ("^h", 1)]
+
+
 def test_rolling_windows_score_every_token_once():
     """Length 3: the first after BOS, full ones after one token, the last moved back to full length."""
     found = token_windows(["abcdefg", "xy", ""], Characters(), short("reference-kjv-rolling-256/1", 3))
