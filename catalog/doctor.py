@@ -131,7 +131,6 @@ def record_canary(path: Path = CANARY) -> dict[str, Any]:
     """Measure with one thread and denormals flushed, as the tests do, and write the file."""
     import torch
 
-
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     value, _ = measure()

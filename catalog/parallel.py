@@ -122,7 +122,7 @@ def _collect(worker: _Worker, waiting: deque[_Task], workers: list[_Worker]) -> 
     except (EOFError, OSError):
         workers.remove(worker)
         worker.stop()
-        found = _died(task.paper, task.paper.claim(task.claims[0]))
+        found = died(task.paper, task.paper.claim(task.claims[0]))
         if len(task.claims) > 1:
             waiting.appendleft(_Task(task.paper, deque(list(task.claims)[1:])))
         return found
@@ -153,7 +153,8 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _died(paper: Paper, claim: Claim) -> Measurement:
+def died(paper: Paper, claim: Claim) -> Measurement:
+    """The record of a claim whose process died."""
     return Measurement(
         paper=paper.id, claim=claim.id, kind=claim.kind, reported=reported(claim), measured=None, state=NOT_RUN,
         reason="error: the measuring process died (out of memory?); run this claim alone",

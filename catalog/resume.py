@@ -40,7 +40,7 @@ def record_key(paper: Paper, claim: Claim, vocab: Vocab, device: str = "cpu") ->
         "claim": {name: value for name, value in as_plain(claim).items() if name not in _WORDS},
         "protocol": get_protocol(protocol).fingerprint if protocol not in (None, UNSTATED) else None,
         "revision": model.revision if model else None,
-        "code": [_source(impl) for impl in sorted(impls - {None, NO_IMPL})] + [_source("_*")],
+        "code": [source_hash(impl) for impl in sorted(impls - {None, NO_IMPL})] + [source_hash("_*")],
         "versions": ledger.versions(),
         "device": device_kind(device),
     }
@@ -61,8 +61,8 @@ def device_kind(device: str) -> str:
 
 
 @functools.cache
-def _source(pattern: str) -> str:
-    """Hash of the modules of reference_impls that match a name, or that are shared (`_*`)."""
+def source_hash(pattern: str) -> str:
+    """Hash of the modules of reference_impls that match a name, of those that are shared (`_*`), or of all (`*`)."""
     import requant.reference_impls
 
     digest = hashlib.sha256()

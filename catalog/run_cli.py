@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -38,6 +39,13 @@ app = typer.Typer()
 Wanted = Callable[[Paper, Claim], bool]
 
 
+class Engine(StrEnum):
+    """Where claims are measured."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
 @app.command()
 def run(
     ids: Annotated[
@@ -64,16 +72,28 @@ def run(
     jobs: Annotated[
         int, typer.Option(min=0, metavar="N", help="Entries measured at once (0: one a core).")
     ] = 1,
+    engine: Annotated[
+        Engine, typer.Option("--engine", help="Where claims are measured: processes here, or a Ray cluster.")
+    ] = Engine.LOCAL,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="With --engine ray: the cluster (default: RAY_ADDRESS, or one here)."
+        ),
+    ] = None,
     measured: MeasuredOption = None,
     papers: PapersOption = None,
 ) -> None:
     """Measure claims and print what was reported and measured. Exit code 1 if one is not as expected."""
     if resume and not save:
         stop("--resume goes with --save: it keeps what is in the ledger and adds the rest")
+    if address and engine is not Engine.RAY:
+        stop("--address goes with --engine ray")
     catalog = load_catalog(papers)
     chosen = _chosen(ids or [], catalog)
 
     from requant.catalog.claims import Options
+    from requant.catalog.cluster import ClusterError, measure_on_ray
     from requant.catalog.ledger import LedgerError
     from requant.catalog.parallel import cores
 
@@ -81,12 +101,17 @@ def run(
         str(models_dir) if models_dir else None, download, device, model_paths(model_path), allow_pickle
     )
     session = _Session(catalog, chosen, claim, options, jobs or cores(), measured)
+    if engine is Engine.RAY:
+        folder = None if papers is None else papers.absolute()
+        session.on = lambda rows: measure_on_ray(
+            chosen, rows, folder, options, address=address, jobs=jobs or cores()
+        )
     try:
         if dry_run:
             session.print_plan(json_file)
             return
         ok = session.measure(save, resume, json_file)
-    except LedgerError as problem:
+    except (LedgerError, ClusterError) as problem:
         stop(str(problem))
     if not ok:
         raise typer.Exit(1)
@@ -114,6 +139,7 @@ class _Session:
     ) -> None:
         self.catalog, self.chosen, self.options = catalog, chosen, options
         self.jobs, self.measured, self.console = jobs, measured, console()
+        self.on: Callable[[list[Planned]], Iterator[Measurement]] = self._here
         self.matches: Wanted = lambda paper, claim: glob is None or fnmatchcase(claim.id, glob)
         self.wanted = [(p.id, c.id) for p in chosen for c in p.claims if self.matches(p, c)]
         if not self.wanted:
@@ -176,24 +202,23 @@ class _Session:
 
         return measured_before(self.chosen, keys, self.matches, self.measured)
 
+    def _here(self, rows: list[Planned]) -> Iterator[Measurement]:
+        from requant.catalog.parallel import measure_many
+
+        wanted, folder = {(row.paper, row.claim) for row in rows}, self.catalog.folders.papers
+        return measure_many(self.chosen, folder, self.options, lambda p, c: (p.id, c.id) in wanted, self.jobs)
+
     def _measure_rest(
         self, done: list[Measurement], eta: Eta, keys: dict[tuple[str, str], str], save: bool
     ) -> None:
         """Measure what is not in `done` and append it, each saved before the next is waited for; Ctrl-C ends it."""
         from requant.catalog import ledger
-        from requant.catalog.parallel import measure_many
         from requant.catalog.report import progress_text
 
         kept = {(item.paper, item.claim) for item in done}
         for item in done:
             eta.after(item)
-        measurements = measure_many(
-            self.chosen,
-            self.catalog.folders.papers,
-            self.options,
-            only=lambda paper, claim: self.matches(paper, claim) and (paper.id, claim.id) not in kept,
-            jobs=self.jobs,
-        )
+        measurements = self.on([row for row in self.plan(None) if (row.paper, row.claim) not in kept])
         try:
             with closing(measurements):
                 for item in measurements:

@@ -114,7 +114,7 @@ def test_the_key_depends_on_what_decides_the_number(monkeypatch: pytest.MonkeyPa
     assert key() != key(replace(claim, protocol="reference-kjv-256/1"))
     assert key() != key(device="xpu")
     assert key(bits) != key(replace(bits, tolerance=Tolerance(why="looser", rel=0.5)))
-    monkeypatch.setattr(resume, "_source", lambda pattern: "other code")
+    monkeypatch.setattr(resume, "source_hash", lambda pattern: "other code")
     other_code = key()
     monkeypatch.undo()
     assert key() != other_code

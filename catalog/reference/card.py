@@ -158,7 +158,9 @@ def _activation_config(per_tensor: bool) -> Callable[[int], dict]:
 
 def _width_row(name: str, config_of: Callable[[int], dict]) -> tuple[str, ...]:
     runs = [("none", {}), *(("rtn", config_of(bits)) for bits in WIDTHS)]
-    return f"`{name}`", *(_short(math.exp(Context().run(impl, config, name, SHORT).nll)) for impl, config in runs)
+    return f"`{name}`", *(
+        _short(math.exp(Context().run(impl, config, name, SHORT).nll)) for impl, config in runs
+    )
 
 
 def _short(value: float) -> str:
