@@ -36,6 +36,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(ClaimProgress(config))
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`-k paper` opens no other test file: to import them all takes longer than most claims."""
+    only_claims = (config.option.keyword or "").strip() == "paper"
+    other = collection_path.suffix == ".py" and collection_path.stem != "test_paper_claims"
+    return True if only_claims and other else None
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep the tests of one file in one process, where no closer group is named: they share fixtures.

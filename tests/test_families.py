@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -28,9 +28,11 @@ from transformers import (
 )
 
 from requant.catalog.claims import CONTRADICTED, NOT_RUN, REPRODUCED, Options, measure
+from requant.catalog.context import load_impl
 from requant.catalog.entry import MeasuredClaim, Paper, Source, Tolerance
 from requant.catalog.loader import load_catalog
 from requant.catalog.reference.models import load_tokenizer
+from requant.reference_impls._walk import UnsupportedModelError
 
 VOCABULARY = 2048
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -58,6 +60,16 @@ CLAIM = MeasuredClaim(
     metric="token_perplexity", value=1.0, baselines=MappingProxyType({}), protocol="reference-kjv-256-short/1",
     config=MappingProxyType({"w_bits": 8}), tolerance=Tolerance(why="a test", rel=0.01),
 )  # fmt: skip
+
+
+IMPLS = sorted({paper.impl for paper in load_catalog().papers.values() if paper.impl})
+
+
+def small(module) -> dict[str, object]:
+    """The module's own settings for tiny models, with groups that fit 64 inputs."""
+    names = {field.name for field in fields(module.Config)}
+    groups = {"group_size": 32} if "group_size" in names and (module.Config().group_size or 0) > 64 else {}
+    return groups | getattr(module, "TINY", {})
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +104,26 @@ def test_a_family_runs_from_disk_to_verdict(papers: dict[str, Paper], models_dir
     second = measure(papers["gptq"], calibrated, options)
     assert second.state == REPRODUCED, second.reason
     assert second.measured != first.measured and second.details["kl"] < 0.01
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", IMPLS)
+def test_every_method_runs_on_a_family_or_says_why_not(name: str, family: str) -> None:
+    """Untrained models with grouped queries where the family has them: finite logits, or one error that names both."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family]).eval().requires_grad_(False)
+    module, tokens = load_impl(name), torch.randint(1, VOCABULARY, (8, 32))
+    try:
+        quantized = module.quantize(model, tokens, module.Config(**small(module)))
+    except UnsupportedModelError as reason:
+        named = type(model).__name__ in str(reason) or any(
+            type(part).__name__ in str(reason) for part in model.modules()
+        )
+        assert named or "this model" in str(reason), f"does not name what it cannot quantize: {reason}"
+        return
+    with torch.no_grad():
+        logits = quantized(tokens[:2]).logits
+    assert logits.shape == (2, 32, VOCABULARY) and torch.isfinite(logits).all()
 
 
 def test_what_no_method_knows_is_named(papers: dict[str, Paper], tmp_path: Path) -> None:
