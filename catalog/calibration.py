@@ -11,7 +11,8 @@ Source    IST-DASLab/gptq@2d65066 datautils.py; mit-han-lab/llm-awq@d6e797a awq/
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -42,13 +43,22 @@ def draw(calibration: Calibration, tokenizer: Tokenizer, texts: Sequence[str]) -
 
 
 def calibration_tokens(
-    calibration: Calibration, vocab: Vocab, tokenizer: Tokenizer, download: bool = False
+    calibration: Calibration,
+    vocab: Vocab,
+    tokenizer: Tokenizer,
+    download: bool = False,
+    paths: Mapping[str, str | Path] | None = None,
 ) -> Tensor:
-    """`draw` on the calibration's own dataset. Raises: DatasetUnavailable if it is not here."""
+    """`draw` on the calibration's own dataset, or on the file given for it (see corpus.documents).
+
+    Raises: DatasetUnavailable if it is not here.
+    """
     if calibration.rule == "reference":
         return models.calibration_tokens(calibration.n_samples, calibration.seqlen, calibration.seed)
     dataset = source_of(calibration, vocab)
-    return draw(calibration, tokenizer, rows_of_dataset(dataset, calibration.id, download=download))
+    return draw(
+        calibration, tokenizer, rows_of_dataset(dataset, calibration.id, paths=paths, download=download)
+    )
 
 
 def source_of(calibration: Calibration, vocab: Vocab) -> Dataset:

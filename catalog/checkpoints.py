@@ -48,7 +48,7 @@ def measure_checkpoint(paper: Paper, claim: MeasuredClaim, options: Options) -> 
     protocol, vocab = protocol_of(paper, claim), load_vocab()
     tasks = tasks_for(claim, protocol, vocab)
     held = _load(checkpoint_path(claim.model, options, vocab), options)
-    how = {"download": options.download, "tasks": tasks}
+    how = {"download": options.download, "tasks": tasks, "paths": options.data_paths}
     impl = load_impl(paper.impl)
     try:
         key = (protocol.fingerprint, tasks)
@@ -58,7 +58,8 @@ def measure_checkpoint(paper: Paper, claim: MeasuredClaim, options: Options) -> 
         calib = None
         if claim.calibration is not None:
             calibration = vocab.calibrations[claim.calibration]
-            calib = calibration_tokens(calibration, vocab, held.tokenizer, options.download)
+            where = (options.download, options.data_paths)
+            calib = calibration_tokens(calibration, vocab, held.tokenizer, *where)
     except (DatasetUnavailable, CalibrationError) as error:
         raise NotHere(str(error)) from error
     mismatches = verify_checks(plain, protocol, tokenizer_family(claim.model))
@@ -66,17 +67,23 @@ def measure_checkpoint(paper: Paper, claim: MeasuredClaim, options: Options) -> 
     gate = fp16_gate(plain.value, protocol, claim.model, stated=claim.baselines.get("fp16"))
     if off or gate:
         raise NotHere(f"baseline off: {'; '.join([*off, gate] if gate else off)}")
-    quantized = quantize(paper.impl, held.model, calib, make_config(impl, claim.config))
+    quantized = quantize(paper.impl, held.model, calib, make_config(impl, claim.config), options.offload_dir)
     found = evaluate(quantized, held.tokenizer, protocol, reference_model=held.model, **how)
     return found, f"unquantized {plain.value:.4g}"
 
 
-def quantize(impl: str, model: nn.Module, calib: Any, cfg: object) -> nn.Module:
-    """The method's `quantize`. Raises: NotHere, naming method and model, for a structure that it does not know."""
-    from requant.reference_impls._walk import UnsupportedModelError
+def quantize(
+    impl: str, model: nn.Module, calib: Any, cfg: object, offload_dir: str | None = None
+) -> nn.Module:
+    """The method's `quantize`, its calibration activations in files of a folder where one is given.
+
+    Raises: NotHere, naming method and model, for a structure that it does not know.
+    """
+    from requant.reference_impls._walk import UnsupportedModelError, activations_in
 
     try:
-        return load_impl(impl).quantize(model, calib, cfg)
+        with activations_in(offload_dir):
+            return load_impl(impl).quantize(model, calib, cfg)
     except UnsupportedModelError as error:
         kind = getattr(model.config, "model_type", "unknown")
         raise NotHere(f"{impl} does not support {type(model).__name__} ({kind}): {error}") from error

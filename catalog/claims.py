@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 
@@ -30,6 +31,7 @@ from requant.catalog.entry import (
     Run,
     reported,
 )
+from requant.catalog.files import sha256
 
 REPRODUCED, CONTRADICTED, NOT_RUN = "reproduced", "contradicted", "not run"
 Values = dict[str, float]
@@ -40,6 +42,8 @@ class Options:
     """How to find checkpoints and where to run. No field changes a verdict on the reference model.
 
     model_paths: checkpoint id -> folder or .gguf file, looked at first; allow_pickle: see weights.py.
+    data_paths: dataset `id:split` -> local file to read in its place; its SHA-256 goes into the record.
+    offload_dir: folder on disk for the calibration activations of methods that walk block by block.
     """
 
     models_dir: str | None = None
@@ -47,6 +51,8 @@ class Options:
     device: str = "cpu"
     model_paths: Mapping[str, str] = field(default_factory=dict)
     allow_pickle: bool = False
+    data_paths: Mapping[str, str] = field(default_factory=dict)
+    offload_dir: str | None = None
 
 
 @dataclass(frozen=True)
@@ -238,6 +244,8 @@ def _published(paper: Paper, claim: MeasuredClaim, options: Options) -> Measurem
         "kl": evaluation.kl,
         "n_tokens": evaluation.n_tokens,
     }
+    if options.data_paths:
+        details["data_sha256"] = {key: sha256(Path(path)) for key, path in options.data_paths.items()}
     if evaluation.tasks:
         details |= {"engine": evaluation.engine, "tasks": evaluation.tasks}
     return _outcome(paper, claim, evaluation.value, state, reason, **details)

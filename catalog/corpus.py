@@ -70,7 +70,7 @@ def documents(
     """The rows of the protocol's dataset, in order; only as many as its selection can use.
 
     Args:
-        paths: dataset id -> local file to read instead: .parquet, .jsonl, .json, .txt, .raw; .gz too.
+        paths: dataset `id:split` or `id` -> local file to read instead: .parquet, .jsonl, .json, .txt, .raw; .gz too.
         download: fetch the file from the Hugging Face hub if need be; otherwise only its cache is looked at.
     Raises: DatasetUnavailable if the text is not here; ValueError for a file of unknown kind.
     """
@@ -89,15 +89,38 @@ def rows_of_dataset(
     limit: int | None = None,
 ) -> list[str]:
     """The first `limit` rows of a dataset file, see `documents`; `wanted_by` names who asks, for errors."""
-    path = Path(paths[dataset.id]) if dataset.id in (paths or {}) else hub_file(dataset, wanted_by, download)
-    if not path.is_file():
-        raise DatasetUnavailable(f"{wanted_by}: the file {path} given for {dataset.id} does not exist")
+    path = text_file(dataset, wanted_by, paths, download)
     return list(islice(_rows(path, dataset.field or "text", dataset.text_lines), limit))
+
+
+def local_file(dataset: Dataset, wanted_by: str, paths: Mapping[str, str | Path] | None) -> Path | None:
+    """The file given for this split of the dataset, or for the dataset; None if none is.
+
+    Raises: DatasetUnavailable if the file does not exist.
+    """
+    keys = (f"{dataset.id}:{dataset.split}", dataset.id)
+    given = next((key for key in keys if key in (paths or {})), None)
+    if given is None:
+        return None
+    path = Path(paths[given])
+    if not path.is_file():
+        raise DatasetUnavailable(f"{wanted_by}: the file {path} given for {given} does not exist")
+    return path.resolve()
+
+
+def text_file(
+    dataset: Dataset,
+    wanted_by: str,
+    paths: Mapping[str, str | Path] | None = None,
+    download: bool = False,
+) -> Path:
+    """The file given for the dataset, else the hub's. Raises: DatasetUnavailable."""
+    return local_file(dataset, wanted_by, paths) or hub_file(dataset, wanted_by, download)
 
 
 def hub_file(dataset: Dataset, wanted_by: str, download: bool = False) -> Path:
     """The dataset's file in the Hugging Face cache, or fetched into it. Raises: DatasetUnavailable."""
-    remedy = f'give a local copy with paths={{"{dataset.id}": "<file>"}}'
+    remedy = f"give a local copy with --data {dataset.id}:{dataset.split}=FILE"
     if dataset.file is None:
         raise DatasetUnavailable(f"{wanted_by} reads {dataset.id}, which has no file on the hub; {remedy}")
     try:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,12 +13,16 @@ from requant.catalog.errors import nearest
 from requant.catalog.eval_rows import print_rows, protocol_rows, task_rows
 from requant.catalog.terminal import (
     AllowPickleOption,
+    DataOption,
     DeviceOption,
     DownloadOption,
     JsonOption,
     ModelPathOption,
     ModelsDirOption,
+    OffloadOption,
+    data_paths,
     model_paths,
+    offload_dir,
     stop,
 )
 
@@ -62,6 +65,8 @@ def evaluate_model(
     model_path: ModelPathOption = None,
     download: DownloadOption = False,
     allow_pickle: AllowPickleOption = False,
+    data: DataOption = None,
+    offload: OffloadOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
     """Quantize a model and evaluate it beside the unquantized one, on lm-eval tasks or under a protocol."""
@@ -77,14 +82,15 @@ def evaluate_model(
     from requant.catalog.weights import NotHere
 
     options = Options(
-        str(models_dir) if models_dir else None, download, device, model_paths(model_path), allow_pickle
-    )
+        str(models_dir) if models_dir else None, download, device, model_paths(model_path), allow_pickle,
+        data_paths(data), offload_dir(offload),
+    )  # fmt: skip
     try:
-        versions = _models(model, method, parse_config(config or ()), calibration, options)
+        versions = _models(model, method, config or (), calibration, options)
         if protocol is None:
             rows = list(task_rows(versions, named, n_shots, max_length, download))
         else:
-            rows = list(protocol_rows(versions, protocol, named, download))
+            rows = list(protocol_rows(versions, protocol, named, options))
     except (NotHere, EvaluationError, CalibrationError, ValueError) as problem:
         stop(str(problem))
     print_rows(rows, model)
@@ -94,63 +100,34 @@ def evaluate_model(
         write_json(json_file, [{"model": model, "config": config or []} | asdict(row) for row in rows])
 
 
-def parse_config(pairs: Iterable[str]) -> dict[str, object]:
-    """`["w_bits=3", "group_size=null"]` as a mapping; values are read as JSON, else as text.
-
-    Raises: ValueError for one without `=`.
-    """
-    found: dict[str, object] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not (key and equals):
-            raise ValueError(f"--config {pair!r} is not K=V, like w_bits=3")
-        try:
-            found[key] = json.loads({"None": "null", "True": "true", "False": "false"}.get(text, text))
-        except ValueError:
-            found[key] = text
-    return found
-
-
 def _models(
-    name: str, method: str, config: Mapping[str, object], calibration: str | None, options: Options
+    name: str, method: str, config: Sequence[str], calibration: str | None, options: Options
 ) -> list[tuple[str, Any, Any]]:
     """(method, model, tokenizer): the unquantized model and, where a method is named, the quantized one."""
     import torch
 
     from requant.catalog.checkpoints import quantize
-    from requant.catalog.context import load_impl, make_config
+    from requant.catalog.settings import find_method, read_config
 
     if method != "none":
-        _require_method(method)
-        impl = load_impl(method)
-        made = make_config(impl, config)
+        impl = find_method(method)
+        made = read_config(impl, config, seed=0)
     elif config:
         raise ValueError("--config needs a --method that it configures")
     torch.manual_seed(0)
     model, tokenizer, is_reference = _load(name, options)
     versions = [("none", model, tokenizer)]
     if method != "none":
-        calib = _calib(impl, method, calibration, tokenizer, is_reference, options.download)
-        versions.append((method, quantize(method, model, calib, made), tokenizer))
+        calib = _calib(impl, method, calibration, tokenizer, is_reference, options)
+        quantized = quantize(method, model, calib, made, options.offload_dir)
+        versions.append((method, quantized, tokenizer))
     return versions
-
-
-def _require_method(method: str) -> None:
-    import requant.reference_impls
-
-    folder = Path(requant.reference_impls.__file__).parent
-    known = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
-    if method not in known:
-        hint = nearest(method, known)
-        raise ValueError(
-            f"there is no method {method!r}; there are {', '.join(known)}"
-            + (f"; did you mean {hint}?" if hint else "")
-        )
 
 
 def _load(name: str, options: Options) -> tuple[Any, Any, bool]:
     """Model, tokenizer, and whether it is one of the reference models."""
     from requant.catalog.checkpoints import checkpoint_path, load_checkpoint
+    from requant.catalog.packed import METADATA
     from requant.catalog.reference.models import VARIANTS, load_reference
     from requant.catalog.vocabulary import load_vocab
 
@@ -159,11 +136,22 @@ def _load(name: str, options: Options) -> tuple[Any, Any, bool]:
         return found.model.to(options.device), found.tokenizer, True
     given = Path(name).exists() and name not in options.model_paths
     path = Path(name) if given else checkpoint_path(name, options, load_vocab())
+    if (path / METADATA).is_file():  # our own layout, already quantized
+        return *_packed(path, options.device), False
     return *load_checkpoint(path, options.device, options.allow_pickle), False
 
 
+def _packed(folder: Path, device: str) -> tuple[Any, Any]:
+    """Model and tokenizer of a folder that `requant quantize` wrote. Raises: ValueError if it was altered."""
+    from transformers import AutoTokenizer
+
+    from requant.catalog.packed import load_packed
+
+    return load_packed(folder).to(device), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
 def _calib(
-    impl: Any, method: str, name: str | None, tokenizer: Any, is_reference: bool, download: bool
+    impl: Any, method: str, name: str | None, tokenizer: Any, is_reference: bool, options: Options
 ) -> Any:
     """Calibration tokens, None where none are needed. Raises: ValueError naming the sets there are."""
     from requant.catalog.calibration import calibration_tokens
@@ -184,4 +172,5 @@ def _calib(
         raise ValueError(
             f"there is no calibration set {name!r}" + (f"; did you mean {hint}?" if hint else "")
         )
-    return calibration_tokens(vocab.calibrations[name], vocab, tokenizer, download)
+    where = (options.download, options.data_paths)
+    return calibration_tokens(vocab.calibrations[name], vocab, tokenizer, *where)

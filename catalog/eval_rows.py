@@ -12,6 +12,7 @@ from rich.text import Text
 from requant.catalog.terminal import console
 
 if TYPE_CHECKING:
+    from requant.catalog.claims import Options
     from requant.catalog.evaluate import Evaluation
 
 
@@ -30,7 +31,7 @@ class Row:
 
 
 def protocol_rows(
-    versions: Sequence[tuple[str, Any, Any]], protocol: str, tasks: Sequence[str], download: bool
+    versions: Sequence[tuple[str, Any, Any]], protocol: str, tasks: Sequence[str], options: Options
 ) -> Iterable[Row]:
     """The protocol's number for each (method, model, tokenizer), the unquantized one first; then each task's."""
     from requant.catalog.evaluate import evaluate
@@ -39,7 +40,7 @@ def protocol_rows(
     chosen, plain = get_protocol(protocol), versions[0][1]
     for method, model, tokenizer in versions:
         found = evaluate(
-            model, tokenizer, chosen, tasks=tasks or None, download=download,
+            model, tokenizer, chosen, tasks=tasks or None, download=options.download, paths=options.data_paths,
             reference_model=plain if model is not plain else None,
         )  # fmt: skip
         yield _row(method, found)

@@ -1,7 +1,8 @@
-"""Writing a file so that a reader sees the old text or the new one, never half of either."""
+"""Writing a file so that a reader sees the old text or the new one, never half of either; checksums."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -28,6 +29,12 @@ def write_atomic(path: Path, text: str) -> None:
         with suppress(FileNotFoundError):
             Path(name).unlink()
         raise
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal. Raises: OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _umask() -> int:

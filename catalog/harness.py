@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from requant.catalog.corpus import Checks, DatasetUnavailable, EvaluationError
+from requant.catalog.corpus import Checks, DatasetUnavailable, EvaluationError, local_file
 from requant.catalog.errors import nearest
 from requant.catalog.evaluate import Evaluation, eval_mode, ratio
 from requant.catalog.protocols import Protocol
@@ -132,14 +132,7 @@ def _tasks(protocol: Protocol, tasks: Sequence[str | Path] | None) -> list[str]:
 
 
 def _local_data(protocol: Protocol, paths: Mapping[str, str | Path]) -> Path | None:
-    if protocol.dataset.id not in paths:
-        return None
-    path = Path(paths[protocol.dataset.id])
-    if not path.is_file():
-        raise DatasetUnavailable(
-            f"{protocol.id}: the file {path} given for {protocol.dataset.id} does not exist"
-        )
-    return path.resolve()
+    return local_file(protocol.dataset, protocol.id, paths)
 
 
 def _redirected(task: str, protocol: Protocol, data: Path, folder: Path) -> str:

@@ -11,7 +11,6 @@ method's own `unpack_weight` gives it back bit for bit.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from requant.catalog.context import load_impl, make_config
-from requant.catalog.files import write_json
+from requant.catalog.files import sha256, write_json
 from requant.catalog.grid import read_grid
 from requant.catalog.plain import Plain, Rounding, dense_tensors
 from requant.catalog.recording import Records
@@ -79,7 +78,7 @@ def save_packed(
         "format": FORMAT, "version": VERSION, "requant": version("requant"), "torch": torch.__version__,
         "method": name, "config": dataclasses.asdict(cfg),
         "matrices": {str(index): matrix for index, matrix in matrices.items()}, "activations": activations,
-        "sha256": {file: _sha256(folder / file) for file in (WEIGHTS, "config.json")},
+        "sha256": {file: sha256(folder / file) for file in (WEIGHTS, "config.json")},
     }  # fmt: skip
     write_json(folder / METADATA, metadata)
     return {"format": FORMAT, "bits": n_bits}
@@ -129,11 +128,6 @@ def _activations(plain: Plain) -> tuple[dict[str, Any], dict[str, Tensor]]:
             if static:
                 scales[f"scale.{side}.{name}"] = rounding.scale.detach().clone()
     return described, scales
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- loading ------------------------------------------------------------------------------------------------
@@ -188,7 +182,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     for file in (WEIGHTS, "config.json"):
         if not (folder / file).is_file():
             raise PackedFileError(f"{folder.name} has no {file}; copy the whole folder again")
-        if _sha256(folder / file) != (metadata.get("sha256") or {}).get(file):
+        if sha256(folder / file) != (metadata.get("sha256") or {}).get(file):
             raise PackedFileError(
                 f"{folder.name}/{file} is not the file that was written (SHA-256 differs); copy it again"
             )

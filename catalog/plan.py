@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from requant.catalog.calibration import source_of
 from requant.catalog.checkpoints import protocol_of, tasks_for
 from requant.catalog.claims import NOT_RUN, Measurement, Options
-from requant.catalog.corpus import DatasetUnavailable, hub_file
+from requant.catalog.corpus import DatasetUnavailable, text_file
 from requant.catalog.entry import (
     NO_IMPL,
     NO_IMPLEMENTATION,
@@ -130,10 +130,10 @@ def obstacle(paper: Paper, claim: Claim, options: Options, vocab: Vocab) -> str 
         if found is None:
             return f"no checkpoint of {claim.model} here; use --models-dir, --model-path or --download"
         if protocol.engine == "requant" and protocol.dataset.id != REFERENCE_TEXT:
-            hub_file(protocol.dataset, protocol.id)
+            text_file(protocol.dataset, protocol.id, options.data_paths)
         calibration = vocab.calibrations.get(claim.calibration)
         if calibration is not None and calibration.rule != "reference":
-            hub_file(source_of(calibration, vocab), calibration.id)
+            text_file(source_of(calibration, vocab), calibration.id, options.data_paths)
     except (NotHere, DatasetUnavailable) as reason:
         return str(reason)
     return None

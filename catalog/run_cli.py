@@ -18,16 +18,20 @@ from requant.catalog.entry import Claim, Paper
 from requant.catalog.loader import Catalog, load_catalog
 from requant.catalog.terminal import (
     AllowPickleOption,
+    DataOption,
     DeviceOption,
     DownloadOption,
     JsonOption,
     MeasuredOption,
     ModelPathOption,
     ModelsDirOption,
+    OffloadOption,
     PapersOption,
     console,
+    data_paths,
     known,
     model_paths,
+    offload_dir,
     stop,
 )
 
@@ -68,6 +72,8 @@ def run(
     model_path: ModelPathOption = None,
     download: DownloadOption = False,
     allow_pickle: AllowPickleOption = False,
+    data: DataOption = None,
+    offload: OffloadOption = None,
     device: DeviceOption = "cpu",
     jobs: Annotated[
         int, typer.Option(min=0, metavar="N", help="Entries measured at once (0: one a core).")
@@ -98,8 +104,9 @@ def run(
     from requant.catalog.parallel import cores
 
     options = Options(
-        str(models_dir) if models_dir else None, download, device, model_paths(model_path), allow_pickle
-    )
+        str(models_dir) if models_dir else None, download, device, model_paths(model_path), allow_pickle,
+        data_paths(data), offload_dir(offload),
+    )  # fmt: skip
     session = _Session(catalog, chosen, claim, options, jobs or cores(), measured)
     if engine is Engine.RAY:
         folder = None if papers is None else papers.absolute()

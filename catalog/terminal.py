@@ -29,6 +29,16 @@ ModelPathOption = Annotated[
     list[str] | None,
     typer.Option("--model-path", metavar="ID=PATH", help="A checkpoint's folder or .gguf file. Repeatable."),
 ]
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option("--data", metavar="ID:SPLIT=FILE", help="A local copy of a dataset's split. Repeatable."),
+]
+OffloadOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--offload-dir", metavar="DIR", help="Keep calibration activations in files of this folder."
+    ),
+]
 DownloadOption = Annotated[
     bool, typer.Option("--download", help="Fetch the checkpoints and data that are named.")
 ]
@@ -58,6 +68,27 @@ def known(ids: Iterable[str], catalog: Catalog) -> None:
 
 def console() -> Console:
     return Console(highlight=False, soft_wrap=False)
+
+
+def data_paths(given: Iterable[str] | None) -> Mapping[str, str]:
+    """`ID:SPLIT=FILE` options as a mapping; stops at one of another form, or whose file does not exist."""
+    found = {}
+    for text in given or ():
+        name, equals, path = text.partition("=")
+        dataset, colon, split = name.rpartition(":")
+        if not (dataset and colon and split and equals and path):
+            stop(f"--data {text!r} is not ID:SPLIT=FILE, like Salesforce/wikitext:test=wiki.parquet")
+        if not Path(path).is_file():
+            stop(f"--data {name}: there is no file {path}")
+        found[name] = str(Path(path).absolute())
+    return found
+
+
+def offload_dir(given: Path | None) -> str | None:
+    """The folder as text; stops where there is none."""
+    if given is not None and not given.is_dir():
+        stop(f"--offload-dir {given} is no folder")
+    return None if given is None else str(given.absolute())
 
 
 def model_paths(given: Iterable[str] | None) -> Mapping[str, str]:

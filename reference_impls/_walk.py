@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +20,40 @@ from requant.reference_impls._quant import QuantizationError
 
 class UnsupportedModelError(QuantizationError):
     """A method does not know the structure of a model; the message names both."""
+
+
+_OFFLOAD: ContextVar[Path | None] = ContextVar("offload", default=None)
+
+
+@contextmanager
+def activations_in(folder: str | Path | None) -> Iterator[None]:
+    """Inside, walks keep the hidden states between blocks in files of this folder; None: in memory, as outside.
+
+    Such tensors are mapped files: the system writes them out when memory is short, and nothing else changes. The files
+    have no name, so that they vanish with the process.
+    Raises: QuantizationError if the folder cannot be written.
+    """
+    if folder is not None and not (Path(folder).is_dir() and os.access(folder, os.W_OK)):
+        raise QuantizationError(f"the folder for activations, {folder}, does not exist or cannot be written")
+    token = _OFFLOAD.set(None if folder is None else Path(folder))
+    try:
+        yield
+    finally:
+        _OFFLOAD.reset(token)
+
+
+def _kept(hidden: Tensor) -> Tensor:
+    """The same values, in a file if `activations_in` says so."""
+    folder = _OFFLOAD.get()
+    if folder is None:
+        return hidden
+    handle, name = tempfile.mkstemp(dir=folder, suffix=".activations")
+    os.close(handle)
+    try:
+        mapped = torch.from_file(name, shared=True, size=hidden.numel(), dtype=hidden.dtype)
+    finally:
+        Path(name).unlink()  # the mapping keeps the space until the tensor is gone
+    return mapped.view(hidden.shape).copy_(hidden)
 
 
 class _Stop(Exception):
@@ -70,7 +109,7 @@ class Block:
 
     def run(self) -> list[Tensor]:
         """Outputs of the block as it now is, for every batch of inputs."""
-        return [self.forward(batch) for batch in self.inputs]
+        return [_kept(self.forward(batch)) for batch in self.inputs]
 
     def forward(self, batch: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Output of the block for hidden states [n, seqlen, hidden].
@@ -163,13 +202,13 @@ def walk_blocks(
     names = {id(module): name for name, module in model.named_modules()}
     batches = calib.split(batch_size)
     kwargs = _block_kwargs(model, blocks, batches)
-    inputs = [_first_input(model, blocks[0], batch) for batch in batches]
+    inputs = [_kept(_first_input(model, blocks[0], batch)) for batch in batches]
     originals = inputs
     for index, module in enumerate(blocks):
         block = Block(index, names[id(module)], module, inputs, kwargs[index])
         if propagate == "both":
             block.original_inputs = originals
-            originals = block.targets = [block.forward(batch) for batch in originals]
+            originals = block.targets = [_kept(block.forward(batch)) for batch in originals]
         ahead = block.run() if propagate == "original" else None
         yield block
         if index + 1 < len(blocks):

@@ -55,7 +55,7 @@ def key(found: Measurement) -> tuple[str, str]:
 
 
 def test_a_killed_worker_loses_no_claim(papers: dict[str, Paper], vocab, workers) -> None:
-    """Both workers are at an entry when one of them is killed; its entry goes on elsewhere, from the claim in flight."""
+    """One of two busy workers is killed; its entry goes on elsewhere, from the claim in flight."""
     found, nodes = workers
     wanted = {"fewer_bits_cost_more", "groups_help", "bits_w4_g128", "diagonal_hessian_is_rtn", "bits_w3_g128",
               "proxy_loss_below_rtn", "matches_explicit_obs", "opt125m_w4"}  # fmt: skip
@@ -87,7 +87,7 @@ def test_what_no_node_can_take_is_said(papers: dict[str, Paper], vocab, workers,
 class Dying:
     """Stands for Ray: workers that die whenever they are at the claim `deadly`."""
 
-    class exceptions:  # noqa: N801
+    class exceptions:
         RayError, RayTaskError = type("RayError", (Exception,), {}), type("RayTaskError", (Exception,), {})
 
     @staticmethod

@@ -9,7 +9,7 @@ import random
 
 import pytest
 
-from requant.catalog.corpus import DatasetUnavailable, EvaluationError, documents, token_windows
+from requant.catalog.corpus import DatasetUnavailable, EvaluationError, documents, local_file, token_windows
 from requant.catalog.protocols import get_protocol
 
 BOS = 1
@@ -169,6 +169,16 @@ def test_local_files_stand_in_for_datasets(tmp_path):
     assert documents(c4, paths={c4.dataset.id: shard})[-1] == "doc 1099"
 
 
+def test_a_file_given_for_a_split_serves_that_split_alone(tmp_path):
+    wiki = get_protocol("gptq-wikitext2-2048/1")
+    test, other = tmp_path / "test.raw", tmp_path / "other.raw"
+    test.write_text(" test \n", encoding="utf-8")
+    other.write_text(" other \n", encoding="utf-8")
+    paths = {f"{wiki.dataset.id}:test": test, f"{wiki.dataset.id}:train": other}
+    assert documents(wiki, paths=paths) == documents(wiki, paths={wiki.dataset.id: test})
+    assert local_file(wiki.dataset, "a test", {f"{wiki.dataset.id}:train": other}) is None
+
+
 def test_a_parquet_file_is_read_by_column(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
@@ -181,7 +191,7 @@ def test_a_parquet_file_is_read_by_column(tmp_path):
 def test_absent_data_says_what_to_do_and_fetches_nothing(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(DatasetUnavailable, match=r"not in the Hugging Face cache.*download=True.*paths="):
+    with pytest.raises(DatasetUnavailable, match=r"not in the Hugging Face cache.*download=True.*--data"):
         documents(get_protocol("gptq-wikitext2-2048/1"))
     with pytest.raises(DatasetUnavailable, match="no file on the hub"):
         documents(get_protocol("llamacpp-wiki-512/1"))

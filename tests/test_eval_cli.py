@@ -18,11 +18,11 @@ from requant.catalog.claims import CONTRADICTED, NOT_RUN, REPRODUCED, Options, m
 from requant.catalog.cli import app
 from requant.catalog.corpus import documents
 from requant.catalog.entry import MeasuredClaim, Source, Tolerance
-from requant.catalog.eval_cli import parse_config
 from requant.catalog.evaluate import evaluate
 from requant.catalog.harness import _accuracy
 from requant.catalog.loader import load_catalog
 from requant.catalog.protocols import get_protocol
+from requant.catalog.quantize import Job, quantize_to_folder
 from requant.catalog.reference.models import load_reference
 from requant.catalog.tasks import tasks_of
 from requant.catalog.vocabulary import load_vocab
@@ -127,8 +127,8 @@ def test_a_protocol_gives_errors_and_divergence(tmp_path) -> None:
         (("--protocol", ACCURACY), "name the lm-eval tasks"),
         (("--tasks", "no_such.yaml"), "no_such.yaml does not exist"),
         (("--tasks", "x.yaml", "--method", "gtpq"), "did you mean gptq?"),
-        (("--tasks", "x.yaml", "--method", "rtn", "--config", "wbits=3"), "no field 'wbits'"),
-        (("--tasks", "x.yaml", "--method", "rtn", "--config", "3"), "is not K=V"),
+        (("--tasks", "x.yaml", "--method", "rtn", "--config", "wbits=3"), "no setting 'wbits'"),
+        (("--tasks", "x.yaml", "--method", "rtn", "--config", "3"), "is not of the form key=value"),
         (("--tasks", "x.yaml", "--method", "gptq", "--calibration", "c5"), "no calibration set 'c5'"),
         (("--protocol", ACCURACY, "--max-length", 8), "fixes shots and window length"),
     ],
@@ -154,17 +154,15 @@ def test_an_absent_checkpoint_is_named(monkeypatch) -> None:
     assert result.exit_code == 2 and "no checkpoint of toy/absent here" in result.stderr
 
 
-def test_config_values_are_typed() -> None:
-    given = ["w_bits=3", "group_size=null", "symmetric=True", "damp_ratio=1e-2", "variant=plus", "x=a=b"]
-    expected = {
-        "w_bits": 3,
-        "group_size": None,
-        "symmetric": True,
-        "damp_ratio": 0.01,
-        "variant": "plus",
-        "x": "a=b",
-    }
-    assert parse_config(given) == expected
+def test_a_packed_folder_is_evaluated_as_it_was_quantized(tmp_path: Path) -> None:
+    folder = tmp_path / "packed"
+    quantize_to_folder(Job("rtn", "reference", folder, ("w_bits=3",), layout="requant"))
+    where = ("--protocol", "reference-kjv-256-spread/1", "--json")
+    method = ("--method", "rtn", "--config", "w_bits=3")
+    assert run("--model", folder, *where, tmp_path / "a.json").exit_code == 0
+    assert run("--model", "reference", *method, *where, tmp_path / "b.json").exit_code == 0
+    (packed,), (_, direct) = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
+    assert packed["value"] == direct["value"]
 
 
 def accuracy(**changes) -> MeasuredClaim:
