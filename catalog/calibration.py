@@ -4,8 +4,11 @@ Rules     crops-of-documents  a random document with at least seqlen tokens, the
           C4)
           crops-of-joined     random crops of the joined and tokenized text (GPTQ, WikiText-2)
           packed-short        shuffled documents of at most seqlen tokens, joined, cut in blocks (AWQ, Pile)
+          truncated-long      shuffled documents of seqlen tokens or more, truncated, but for those that mostly
+          repeat their last token (AutoRound, Pile)
           reference           windows of the reference text, BOS first
-Source    IST-DASLab/gptq@2d65066 datautils.py; mit-han-lab/llm-awq@d6e797a awq/utils/calib_data.py
+Source    IST-DASLab/gptq@2d65066 datautils.py; mit-han-lab/llm-awq@d6e797a awq/utils/calib_data.py;
+          intel/auto-round@b9f3d00, as its paper states it
 """
 
 from __future__ import annotations
@@ -107,11 +110,8 @@ def _crops_of_joined(calibration: Calibration, tokenizer: Tokenizer, texts: Sequ
 
 
 def _packed_short(calibration: Calibration, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
-    order = np.random.default_rng(calibration.seed).permutation(
-        len(texts)
-    )  # what datasets' shuffle(seed) does
     kept: list[list[int]] = []
-    for index in order:
+    for index in _shuffled(len(texts), calibration.seed):
         ids = _encode(tokenizer, texts[index].strip())
         if 0 < len(ids) <= calibration.seqlen:
             kept.append(ids)
@@ -126,8 +126,27 @@ def _packed_short(calibration: Calibration, tokenizer: Tokenizer, texts: Sequenc
     return tokens[: n_blocks * calibration.seqlen].view(n_blocks, calibration.seqlen)
 
 
+def _truncated_long(calibration: Calibration, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    kept: list[list[int]] = []
+    for index in _shuffled(len(texts), calibration.seed):
+        ids = _encode(tokenizer, texts[index])[: calibration.seqlen]
+        if len(ids) == calibration.seqlen and ids.count(ids[-1]) <= calibration.seqlen // 2:
+            kept.append(ids)
+        if len(kept) == calibration.n_samples:
+            return torch.tensor(kept)
+    raise CalibrationError(
+        f"{calibration.id}: {len(kept)} documents have {calibration.seqlen} tokens, {calibration.n_samples} are needed"
+    )
+
+
+def _shuffled(n: int, seed: int) -> Sequence[int]:
+    """The order of datasets' shuffle(seed)."""
+    return np.random.default_rng(seed).permutation(n).tolist()
+
+
 _RULES: dict[str, Callable[[Calibration, Tokenizer, Sequence[str]], Tensor]] = {
     "crops-of-documents": _crops_of_documents,
     "crops-of-joined": _crops_of_joined,
     "packed-short": _packed_short,
+    "truncated-long": _truncated_long,
 }

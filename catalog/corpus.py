@@ -9,6 +9,7 @@ Source    GPTQ variants: IST-DASLab/gptq@2d65066 datautils.py; rolling windows: 
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -70,7 +71,8 @@ def documents(
     """The rows of the protocol's dataset, in order; only as many as its selection can use.
 
     Args:
-        paths: dataset `id:split` or `id` -> local file to read instead: .parquet, .jsonl, .json, .txt, .raw; .gz too.
+        paths: dataset `id:split` or `id` -> local file to read instead: .parquet, .jsonl, .json, .txt, .raw; .gz and
+            .zst too.
         download: fetch the file from the Hugging Face hub if need be; otherwise only its cache is looked at.
     Raises: DatasetUnavailable if the text is not here; ValueError for a file of unknown kind.
     """
@@ -149,7 +151,7 @@ def hub_file(dataset: Dataset, wanted_by: str, download: bool = False) -> Path:
 
 
 def _rows(path: Path, field: str, text_lines: str | None) -> Iterator[str]:
-    kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
+    kind = path.name.lower().removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
     if kind == "parquet":
         yield from _parquet_rows(path, field)
         return
@@ -158,8 +160,7 @@ def _rows(path: Path, field: str, text_lines: str | None) -> Iterator[str]:
             f"cannot read rows from {path.name}: give a .parquet or .jsonl file with the column {field!r}"
         )
     with ExitStack() as stack:
-        opener = gzip.open if path.suffix.lower() == ".gz" else open
-        lines: IO[str] = stack.enter_context(opener(path, "rt", encoding="utf-8", newline="\n"))
+        lines = stack.enter_context(_opened(path))
         if kind in ("json", "jsonl"):
             yield from (json.loads(line)[field] for line in lines if line.strip())
         elif text_lines == "whole-file":
@@ -168,6 +169,22 @@ def _rows(path: Path, field: str, text_lines: str | None) -> Iterator[str]:
             yield from (line.strip() for line in lines)
         else:  # keep-newline: a blank line is an empty row, as in the published data set
             yield from (line if line.strip() else "" for line in lines)
+
+
+def _opened(path: Path) -> IO[str]:
+    """The file's text, unpacked where its name ends in .gz or .zst."""
+    how = {"encoding": "utf-8", "newline": "\n"}
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rt", **how)
+    if path.suffix.lower() == ".zst":
+        try:
+            import pyarrow
+        except ImportError as error:
+            raise DatasetUnavailable(
+                f"reading {path.name} needs pyarrow: pip install 'requant[hub]'"
+            ) from error
+        return io.TextIOWrapper(pyarrow.input_stream(str(path), compression="zstd"), **how)
+    return path.open("rt", **how)
 
 
 def _parquet_rows(path: Path, field: str) -> Iterator[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,7 +65,7 @@ def test_short_texts_are_packed_and_long_ones_skipped() -> None:
     assert blocks.flatten().tolist() == flat[: blocks.numel()]
 
 
-@pytest.mark.parametrize("rule", ["crops-of-documents", "crops-of-joined", "packed-short"])
+@pytest.mark.parametrize("rule", ["crops-of-documents", "crops-of-joined", "packed-short", "truncated-long"])
 def test_too_little_text_is_an_error(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "_ATTEMPTS", 100)
     with pytest.raises(CalibrationError):
@@ -85,7 +87,26 @@ def test_absent_data_is_said_not_fetched(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(DatasetUnavailable, match="c4"):
         calibration_tokens(VOCAB.calibrations["c4-128x2048/1"], VOCAB, numbers)
     with pytest.raises(DatasetUnavailable, match="no file"):
-        calibration_tokens(VOCAB.calibrations["pile-val-awq-128x512/1"], VOCAB, numbers)
+        calibration_tokens(VOCAB.calibrations["pile-val-512x512/1"], VOCAB, numbers)
+
+
+def test_a_compressed_local_copy_gives_the_set(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    wanted = replace(VOCAB.calibrations["pile-val-awq-128x512/1"], n_samples=8, seqlen=12)
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    with pyarrow.output_stream(str(tmp_path / "val.jsonl.zst"), compression="zstd") as file:
+        file.write(rows.encode())
+    paths = {"mit-han-lab/pile-val-backup:validation": tmp_path / "val.jsonl.zst"}
+    found = calibration_tokens(wanted, VOCAB, numbers, paths=paths)
+    assert torch.equal(found, draw(wanted, numbers, TEXTS))
+
+
+def test_long_texts_are_truncated_and_repetitive_ones_dropped() -> None:
+    texts = [*TEXTS, " ".join(["1"] * 4 + ["9"] * 16), " ".join(["1"] * 7 + ["9"] * 16)]
+    found = draw(small("truncated-long"), numbers, texts).tolist()
+    order = np.random.default_rng(3).permutation(len(texts))
+    long = [numbers(texts[i])["input_ids"][:12] for i in order if i != 60 and len(texts[i].split()) >= 12]
+    assert found == long[:8]
 
 
 def test_every_rule_named_in_the_vocabulary_exists() -> None:
