@@ -25,11 +25,12 @@ and mean of its row and group of columns. A salient column has two terms, hence 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from requant.kernels._stored import Stored
 from requant.kernels._triton import FLOATS, cdiv, check, check_shape, check_tensor
 from requant.kernels.pack import n_words, pack, unpack_ref
 
@@ -37,18 +38,12 @@ TRITS = 5
 """Ternary codes a byte."""
 
 
-class _Stored:
-    """What both layouts tell about themselves."""
+class _Grouped(Stored):
+    """What both layouts have in common."""
 
     @property
     def d_out(self) -> int:
         return next(iter(self.tensors.values())).shape[0]
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are stored, by name."""
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: t for name, t in found.items() if isinstance(t, Tensor)}
 
     @property
     def columns(self) -> int:
@@ -58,16 +53,6 @@ class _Stored:
     @property
     def n_groups(self) -> int:
         return cdiv(self.d_in, self.columns)
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the packed tensors, padding of the rows included."""
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
-
-    @property
-    def bits_per_weight(self) -> float:
-        """8 * stored_bytes / (d_out * d_in)."""
-        return 8 * self.stored_bytes / (self.d_out * self.d_in)
 
     def _check_scale(self, name: str, n_levels: int) -> None:
         scale = check_tensor(name, getattr(self, name), FLOATS, 3)
@@ -84,7 +69,7 @@ class _Stored:
 
 
 @dataclass(frozen=True)
-class BinaryWeight(_Stored):
+class BinaryWeight(_Grouped):
     """A weight [d_out, d_in] of signs and scales; the module's head says how planes and levels go together.
 
     Attributes:
@@ -145,7 +130,7 @@ class BinaryWeight(_Stored):
 
 
 @dataclass(frozen=True)
-class TernaryWeight(_Stored):
+class TernaryWeight(_Grouped):
     """A weight [d_out, d_in] of -1, 0 and +1 times a scale.
 
     Attributes:

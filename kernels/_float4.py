@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from requant.kernels._stored import Stored
 from requant.kernels._triton import FLOATS, cdiv, check, check_shape, check_tensor
 from requant.kernels.pack import n_words, pack, unpack_ref
 
@@ -105,7 +106,7 @@ def bias_to_absmax(bias: Tensor, exponent_bits: int, mantissa_bits: int) -> Tens
 
 
 @dataclass(frozen=True)
-class Float4Weight:
+class Float4Weight(Stored):
     """A weight [d_out, d_in] in a four-bit format.
 
     Attributes:
@@ -160,22 +161,6 @@ class Float4Weight:
     @property
     def n_blocks(self) -> int:
         return cdiv(self.d_out * self.d_in, self.block)
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are stored, by name; the code books follow from the formats."""
-        names = ("words", "absmax", "outer", "mean", "exponents")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the packed tensors, padding of the rows included."""
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
-
-    @property
-    def bits_per_weight(self) -> float:
-        """8 * stored_bytes / (d_out * d_in)."""
-        return 8 * self.stored_bytes / (self.d_out * self.d_in)
 
 
 def pack_float4(

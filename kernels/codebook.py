@@ -13,13 +13,15 @@ Places may be divided into equal sets with their own codebooks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from requant.kernels._stored import Stored
 from requant.kernels._triton import FLOATS, cdiv, check, check_shape, check_tensor
 from requant.kernels.bitstream import check_widths, pack_stream, stream_words, unpack_stream
 
@@ -28,7 +30,7 @@ MAX_VECTOR = 16
 
 
 @dataclass(frozen=True)
-class CodebookWeight:
+class CodebookWeight(Stored):
     """A weight [d_out, d_in] of vector codes.
 
     Attributes:
@@ -89,20 +91,9 @@ class CodebookWeight:
         """Places that share a set; the last set may have fewer."""
         return cdiv(self.places, self.n_sets)
 
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are stored, by name."""
-        found = {"words": self.words, "codebooks": self.codebooks, "scale": self.scale}
-        return {name: t for name, t in found.items() if t is not None}
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the stored tensors: codes, codebooks and scales."""
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
-
 
 @dataclass(frozen=True)
-class ColumnParts:
+class ColumnParts(Stored):
     """A weight whose columns are reordered and coded in parts, as VPTQ's outlier columns and the rest are.
 
     Attributes:
@@ -139,9 +130,20 @@ class ColumnParts:
         return found if self.order is None else found | {"order": self.order}
 
     @property
-    def stored_bytes(self) -> int:
-        """Bytes of the stored tensors."""
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+    def settings(self) -> dict[str, Any]:
+        """The settings of each part, in their order."""
+        return {"parts": [part.settings for part in self.parts]}
+
+    @classmethod
+    def from_stored(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> ColumnParts:
+        """See `Stored.from_stored`."""
+        parts = [
+            CodebookWeight.from_stored(
+                {name.removeprefix(f"{i}."): t for name, t in tensors.items() if name.startswith(f"{i}.")}, of
+            )
+            for i, of in enumerate(settings["parts"])
+        ]
+        return cls(tuple(parts), tensors.get("order"))
 
 
 def pack_codebook(

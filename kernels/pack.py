@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from requant.kernels._stored import Stored
 from requant.kernels._triton import (
     FLOATS,
     Backend,
@@ -176,7 +177,7 @@ def unpack(words: Tensor, bits: int, d_in: int, *, backend: Backend = "auto") ->
 
 
 @dataclass(frozen=True)
-class PackedWeight:
+class PackedWeight(Stored):
     """A weight [d_out, d_in] on an affine grid: (code - zero_point) * scale, groups along d_in.
 
     Attributes:
@@ -221,22 +222,6 @@ class PackedWeight:
     @property
     def n_groups(self) -> int:
         return self.d_in // self.columns
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are stored, by name."""
-        found = {"words": self.words, "scale": self.scale, "zero_point": self.zero_point}
-        return {name: t for name, t in found.items() if t is not None}
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the packed tensors, padding of the rows included."""
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
-
-    @property
-    def bits_per_weight(self) -> float:
-        """8 * stored_bytes / (d_out * d_in)."""
-        return 8 * self.stored_bytes / (self.d_out * self.d_in)
 
 
 def pack_weight(

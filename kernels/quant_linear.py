@@ -1,11 +1,12 @@
-"""`QuantLinear`: a linear layer that holds its weight packed, and files of such layers.
+"""`QuantLinear`: a linear layer that holds its weight packed, in any of the formats here, and files of such layers.
 
-Source    the storage of GPTQ (arXiv:2210.17323), AWQ (2306.00978) and other methods on affine grids
+Source    the modules named in `KINDS`: affine grids (GPTQ, AWQ), four-bit floats (QLoRA, LLM-FP4), binary and ternary
+          planes (BitNet, BiLLM, ARB-LLM), vector codes (AQLM, VPTQ), trellis codes (QTIP)
 Deviates  nothing of the grid is changed: a weight that does not lie on the grid given is refused
 
-A file is safetensors: per layer `<name>.words`, `.scale`, `.zero_point`, `.bias` (the last two where they exist),
-with metadata `format`, `version`, `layers` (JSON: width, group, shape of each) and `checksum`, SHA-256 of the
-rest. A truncated or altered file is refused.
+A file is safetensors: per layer `name/tensor` of its container and `name/bias`, with metadata `format`, `version`,
+`layers` (JSON: kind and settings of each container) and `checksum`, SHA-256 of the rest. A truncated or altered
+file is refused.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,41 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from requant.kernels import _binary, _float4, codebook, pack, trellis_matmul
+from requant.kernels._stored import Stored
 from requant.kernels._triton import Backend, check, check_shape
+from requant.kernels.binary_matmul import binary_matmul
+from requant.kernels.codebook_matmul import codebook_matmul
 from requant.kernels.int_matmul import int_matmul
-from requant.kernels.pack import PackedWeight, check_bits, dequantize_ref, pack_weight
+from requant.kernels.nf4_matmul import nf4_matmul
+from requant.kernels.pack import PackedWeight, check_bits, pack_weight
 
-FORMAT, VERSION = "requant.quant_linear", "1"
+FORMAT, VERSION = "requant.quant_linear", "2"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A storage format: its container, (x, container, backend=) -> x W^T, and (container) -> W [d_out, d_in]."""
+
+    container: type[Stored]
+    matmul: Callable[..., Tensor]
+    decode: Callable[..., Tensor]
+
+
+KINDS = {
+    "affine": Kind(PackedWeight, int_matmul, pack.dequantize_ref),
+    "float4": Kind(_float4.Float4Weight, nf4_matmul, _float4.dequantize_ref),
+    "binary": Kind(_binary.BinaryWeight, binary_matmul, _binary.dequantize_ref),
+    "ternary": Kind(_binary.TernaryWeight, binary_matmul, _binary.dequantize_ref),
+    "codebook": Kind(codebook.CodebookWeight, codebook_matmul, codebook.decode_ref),
+    "column_parts": Kind(codebook.ColumnParts, codebook_matmul, codebook.decode_ref),
+    "trellis": Kind(trellis_matmul.TrellisWeight, trellis_matmul.trellis_matmul, trellis_matmul.decode_ref),
+}
+"""Name in a file -> format."""
 
 
 class QuantLinear(nn.Module):
-    """y = x W^T + bias, with W as packed codes of 1, 2, 3, 4 or 8 bits, scales and zero points.
+    """y = x W^T + bias, with W packed in one of the formats `KINDS`.
 
     The packed tensors are buffers: they follow `.to(device)`, but keep their dtypes under `.half()`,
     `.bfloat16()` or `.to(dtype)`, since another scale would be another weight.
@@ -38,25 +66,25 @@ class QuantLinear(nn.Module):
     Args:
         weight: the packed weight [d_out, d_in].
         bias: [d_out], floating point, or None.
-        backend: see `int_matmul`; "auto" runs the kernel on CUDA and the reference elsewhere.
+        backend: "auto" runs the kernel on CUDA and the reference elsewhere; see `int_matmul`.
+    Raises: ValueError for a container of another kind, or a bias that does not fit.
     """
 
-    words: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, weight: PackedWeight, bias: Tensor | None = None, *, backend: Backend = "auto"):
+    def __init__(self, weight: Stored, bias: Tensor | None = None, *, backend: Backend = "auto"):
         super().__init__()
+        kind = next((name for name, kind in KINDS.items() if isinstance(weight, kind.container)), None)
+        check(kind is not None, f"a {type(weight).__name__} is none of the formats {', '.join(KINDS)}")
         if bias is not None:
             check_shape("bias", bias, (weight.d_out,))
-        self.bits, self.group_size = weight.bits, weight.group_size
+        self.kind, self.backend, self.settings = kind, backend, weight.settings
         self.in_features, self.out_features = weight.d_in, weight.d_out
-        self.backend = backend
-        self.register_buffer("words", weight.words.contiguous())
-        self.register_buffer("scale", weight.scale.contiguous())
-        self.register_buffer("zero_point", weight.zero_point)
+        self._stored = {name: name.replace(".", "_") for name in weight.tensors}  # tensor -> its buffer
+        for name, buffer in self._stored.items():
+            self.register_buffer(buffer, weight.tensors[name].contiguous())
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self._packed: Stored | None = None  # the container of these very buffers, once asked for
 
     @classmethod
     def from_weight(
@@ -134,11 +162,13 @@ class QuantLinear(nn.Module):
         return cls.from_weight(codes, scale, zeros, bits, None if n_groups == 1 else size, bias)
 
     @property
-    def packed(self) -> PackedWeight:
+    def packed(self) -> Stored:
         """The weight as the kernels take it; shares the buffers."""
-        return PackedWeight(
-            self.words, self.scale, self.zero_point, self.bits, self.in_features, self.group_size
-        )
+        tensors = {name: getattr(self, buffer) for name, buffer in self._stored.items()}
+        kept = {} if self._packed is None else self._packed.tensors
+        if kept.keys() != tensors.keys() or any(kept[name] is not t for name, t in tensors.items()):
+            self._packed = KINDS[self.kind].container.from_stored(tensors, self.settings)
+        return self._packed
 
     @property
     def stored_bytes(self) -> int:
@@ -147,30 +177,32 @@ class QuantLinear(nn.Module):
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits that words, scales and zero points take, over d_out * d_in (the bias is not a weight)."""
+        """Bits that the weight's tensors take, over d_out * d_in (the bias is not a weight)."""
         return self.packed.bits_per_weight
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [d_out, d_in] in dtype."""
-        return dequantize_ref(self.packed).to(dtype)
+        return KINDS[self.kind].decode(self.packed).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d_in] float16, bfloat16 or float32 -> [..., d_out] in its dtype."""
-        y = int_matmul(x, self.packed, backend=self.backend)
+        y = KINDS[self.kind].matmul(x, self.packed, backend=self.backend)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
-            f"group_size={self.group_size}, symmetric={self.zero_point is None}, bias={self.bias is not None}"
-        )
+        told = {"in_features": self.in_features, "out_features": self.out_features, "kind": self.kind}
+        simple = {k: v for k, v in self.settings.items() if k not in ("d_in", "d_out", "parts")}
+        told |= simple | {"bias": self.bias is not None}
+        return ", ".join(f"{key}={value}" for key, value in told.items())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        """Let fn move the buffers, and undo what it did to the scales' dtype."""
-        scale = self.scale
+        """Let fn move the buffers, and undo what it did to the dtypes of the weight's."""
+        before = {buffer: getattr(self, buffer) for buffer in self._stored.values()}
         super()._apply(fn, recurse)
-        if self.scale.dtype != scale.dtype:
-            self.scale = scale.to(self.scale.device)
+        for buffer, tensor in before.items():
+            moved = getattr(self, buffer)
+            if moved.dtype != tensor.dtype:
+                setattr(self, buffer, tensor.to(moved.device))
         return self
 
     def save(self, path: str | Path) -> None:
@@ -204,20 +236,17 @@ def save_layers(layers: Mapping[str, QuantLinear], path: str | Path) -> None:
     check(bool(layers), "there is no layer to save")
     path = Path(path)
     tensors = {
-        f"{n}.{key}": t.cpu().contiguous() for n, layer in layers.items() for key, t in layer.named_buffers()
+        f"{name}/{key}": tensor.cpu().contiguous()
+        for name, layer in layers.items()
+        for key, tensor in (
+            layer.packed.tensors | ({} if layer.bias is None else {"bias": layer.bias})
+        ).items()
     }
-    shapes = {
-        name: {
-            "bits": layer.bits,
-            "group_size": layer.group_size,
-            "d_out": layer.out_features,
-            "d_in": layer.in_features,
-            "symmetric": layer.zero_point is None,
-            "bias": layer.bias is not None,
-        }
+    about = {
+        name: {"kind": layer.kind, "bias": layer.bias is not None, "settings": layer.settings}
         for name, layer in layers.items()
     }
-    metadata = {"format": FORMAT, "version": VERSION, "layers": json.dumps(shapes, sort_keys=True)}
+    metadata = {"format": FORMAT, "version": VERSION, "layers": json.dumps(about, sort_keys=True)}
     metadata["checksum"] = _checksum(tensors, metadata)
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
@@ -257,17 +286,10 @@ def load_layers(path: str | Path) -> dict[str, QuantLinear]:
 
 
 def _layer(name: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantLinear:
-    """One layer of a file; PackedWeight checks shapes and dtypes."""
-    zeros = None if about["symmetric"] else tensors[f"{name}.zero_point"]
-    weight = PackedWeight(
-        tensors[f"{name}.words"],
-        tensors[f"{name}.scale"],
-        zeros,
-        about["bits"],
-        about["d_in"],
-        about["group_size"],
-    )
-    return QuantLinear(weight, tensors[f"{name}.bias"] if about["bias"] else None)
+    """One layer of a file; its container checks shapes and dtypes."""
+    own = {key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")}
+    bias = own.pop("bias") if about["bias"] else None
+    return QuantLinear(KINDS[about["kind"]].container.from_stored(own, about["settings"]), bias)
 
 
 def with_layers(model: nn.Module, layers: Mapping[str, QuantLinear]) -> nn.Module:

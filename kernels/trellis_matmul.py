@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from requant.kernels._split import TILES, block_rows, run_parts, split_count, tile_add, tile_sum, tile_zeros
+from requant.kernels._stored import Stored
 from requant.kernels._triton import (
     FLOATS,
     Backend,
@@ -52,7 +53,7 @@ _LOW32 = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
-class TrellisWeight:
+class TrellisWeight(Stored):
     """A weight [d_out, d_in] of trellis codes times one scale.
 
     Attributes:
@@ -98,17 +99,6 @@ class TrellisWeight:
     def index_bits(self) -> int:
         """Q, the bits that choose a row of the table."""
         return 0 if self.table is None else max(len(self.table) - 1, 0).bit_length()
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are stored, by name."""
-        found = {"words": self.words, "scale": self.scale, "table": self.table}
-        return {name: t for name, t in found.items() if t is not None}
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the stored tensors."""
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
 
 def pack_states(states: Tensor, bits: int, step: int, state_bits: int = 16) -> Tensor:

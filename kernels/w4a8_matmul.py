@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from requant.kernels._stored import Stored
 from requant.kernels._triton import (
     FLOATS,
     Backend,
@@ -76,7 +77,7 @@ def _w4a8_kernel(
 
 
 @dataclass(frozen=True)
-class IntegerScaleWeight:
+class IntegerScaleWeight(Stored):
     """A symmetric 4-bit weight with integer group scales: (code - 8) * scale / amplifier.
 
     Attributes:
@@ -95,16 +96,6 @@ class IntegerScaleWeight:
     @property
     def d_out(self) -> int:
         return self.words.shape[0]
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of words and scales."""
-        return sum(t.numel() * t.element_size() for t in (self.words, self.scale))
-
-    @property
-    def bits_per_weight(self) -> float:
-        """4 + 16 / group_size with int16 scales and rows of whole words."""
-        return 8 * self.stored_bytes / (self.d_out * self.d_in)
 
 
 def integer_scale(scale: Tensor, amplifier: int | None = 1024) -> tuple[Tensor, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -14,7 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from requant.kernels import PackedWeight, QuantLinear, load_layers, save_layers, with_layers
+from requant.kernels._binary import pack_binary, pack_ternary
+from requant.kernels._float4 import pack_float4
 from requant.kernels._triton import HAS_TRITON
+from requant.kernels.codebook import ColumnParts, pack_codebook
+from requant.kernels.trellis_matmul import TrellisWeight
 from requant.reference_impls import _quant
 
 
@@ -160,15 +165,16 @@ def test_saved_and_loaded(symmetric: bool, bias: bool, tmp_path: Path):
     x = weight(2, 96)
     for name, layer in layers.items():
         assert torch.equal(again[name](x), layer(x))
-        assert (again[name].bits, again[name].group_size) == (layer.bits, layer.group_size)
+        assert again[name].settings == layer.settings
     assert [p.name for p in tmp_path.iterdir()] == [path.name], "an unfinished file was left"
     with pytest.raises(ValueError, match="holds 2 layers"):
         QuantLinear.load(path)
     with safe_open(path, "pt") as file:
         about = file.metadata()
-    assert about["format"] == "requant.quant_linear" and about["version"] == "1"
+    assert about["format"] == "requant.quant_linear" and about["version"] == "2"
     assert json.loads(about["layers"])["a.b"] == {
-        "bits": 4, "group_size": 32, "d_out": 17, "d_in": 96, "symmetric": symmetric, "bias": bias,
+        "kind": "affine", "bias": bias,
+        "settings": {"bits": 4, "d_in": 96, "group_size": 32} | ({"zero_point": None} if symmetric else {}),
     }  # fmt: skip
 
 
@@ -181,7 +187,7 @@ def test_truncated_files_are_refused(tmp_path: Path):
         with pytest.raises(ValueError, match=r"layer\.safetensors is truncated, altered or no safetensors"):
             QuantLinear.load(path)
     path.write_bytes(whole)
-    assert QuantLinear.load(path).bits == 4
+    assert QuantLinear.load(path).settings["bits"] == 4
 
 
 def test_no_altered_byte_passes(tmp_path: Path):
@@ -205,7 +211,7 @@ def test_altered_metadata_and_other_files_are_refused(tmp_path: Path):
     for key, value, message in (
         ("layers", about["layers"].replace('"bits": 4', '"bits": 8'), "checksum does not match"),
         ("checksum", "0" * 64, "checksum does not match"),
-        ("version", "2", "format version '2'; this package reads '1'"),
+        ("version", "1", "format version '1'; this package reads '2'"),
         ("format", "other", "no file of packed layers: format is 'other'"),
     ):
         save_file(tensors, path, about | {key: value})
@@ -235,6 +241,60 @@ def test_a_model_runs_with_packed_layers():
         with_layers(model, {"1": layer})
     with pytest.raises(ValueError, match=r"2 has shape \(4, 17\), not \(17, 96\)"):
         with_layers(model, {"2": layer})
+
+
+OTHERS = {
+    "nf4": lambda W: pack_float4(W, "nf4", 64),
+    "nf4_double": lambda W: pack_float4(W, "nf4", 32, double_quant=True),
+    "fp4_columns": lambda W: pack_float4(
+        W, "fp4_e2m1", None, exponents=torch.arange(W.shape[1]).remainder(3).to(torch.int8)
+    ),
+    "binary": lambda W: pack_binary(W > 0, W.abs().mean(1)),
+    "ternary": lambda W: pack_ternary(W.sign() * (W.abs() > 0.5), W.abs().mean()),
+    "ternary_2_bits": lambda W: pack_ternary(W.sign(), W.abs().mean(1), trits=False),
+    "codebook": lambda W: pack_codebook(*codes_of(W), (8, 8), tuple(W.shape)),
+    "column_parts": lambda W: ColumnParts(
+        tuple(pack_codebook(*codes_of(part), (8, 8), tuple(part.shape)) for part in (W[:, :32], W[:, 32:])),
+        torch.randperm(96, generator=torch.Generator().manual_seed(0)).to(torch.int16),
+    ),
+    "trellis": lambda W: trellis(W, "1mad"),
+    "trellis_hyb": lambda W: trellis(W, "hyb"),
+}
+"""Format -> container of a weight [16, 96]; which numbers the codes give does not matter here."""
+
+
+def codes_of(W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two codes for every 8 inputs, one set of two codebooks of 256 vectors, and a scale a row."""
+    codes = torch.randint(0, 256, (len(W), W.shape[1] // 8, 2), generator=torch.Generator().manual_seed(1))
+    return codes, weight(1, 512, 8), weight(len(W)).abs()
+
+
+def trellis(W: torch.Tensor, code: str) -> TrellisWeight:
+    words = torch.randint(-(2**31), 2**31, (1, 6, 16), generator=torch.Generator().manual_seed(2))
+    table = weight(512, 2) if code == "hyb" else None
+    return TrellisWeight(words.to(torch.int32), torch.ones(1), code, 2, *W.shape, table)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_format_runs_is_counted_and_comes_back_from_a_file(name: str, tmp_path: Path):
+    packed, bias, x = OTHERS[name](weight(16, 96)), weight(16), weight(3, 96)
+    layer = QuantLinear(packed, bias)
+    W = layer.dequantize()
+    assert W.shape == (16, 96) and torch.isfinite(W).all() and W.std() > 0
+    assert torch.allclose(layer(x), x @ W.T + bias, atol=1e-4)
+    assert layer.bits_per_weight == packed.bits_per_weight == 8 * packed.stored_bytes / W.numel()
+    assert layer.stored_bytes == packed.stored_bytes + bias.numel() * 4
+    layer.save(tmp_path / "layer.safetensors")
+    again = QuantLinear.load(tmp_path / "layer.safetensors")
+    assert again.kind == layer.kind and torch.equal(again.dequantize(), W)
+    stored = load_file(tmp_path / "layer.safetensors")
+    assert sum(t.numel() * t.element_size() for t in stored.values()) == layer.stored_bytes
+    assert torch.equal(copy.deepcopy(layer).half().dequantize(), W), "another dtype made another weight"
+
+
+def test_what_is_no_packed_weight_is_refused():
+    with pytest.raises(ValueError, match="a Tensor is none of the formats affine, float4"):
+        QuantLinear(weight(4, 4))
 
 
 def test_refuses_wrong_parts():
