@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+import weakref
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from requant.reference_impls._anatomy import BlockAnatomy
+from requant.reference_impls._learn import affine_ste
 from requant.reference_impls._walk import UnsupportedModelError, named_linears, replace_module
 
 _PREFIX = "requant_"
+
+
+class Shared:
+    """A transform that linears fed the very same tensor (q, k, v; gate, up) run once while that tensor lives."""
+
+    def __init__(self, transform: Callable[[Tensor], Tensor]):
+        self.transform, self.latest, self.result = transform, None, None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.latest is None or self.latest() is not x:
+            self.latest, self.result = weakref.ref(x, self._forget), self.transform(x)
+        return self.result
+
+    def _forget(self, dead: weakref.ref) -> None:
+        if dead is self.latest:
+            self.latest = self.result = None
 
 
 class QuantInput(nn.Module):
@@ -42,6 +63,30 @@ class QuantInput(nn.Module):
         return y if self.after is None else self.after(y)
 
 
+def transform_inputs(
+    root: nn.Module, linears: Iterable[nn.Linear], transform: Callable[[Tensor], Tensor]
+) -> None:
+    """Run `transform` on what these linears below root read, after the transform of a QuantInput; in place.
+
+    Linears that read the very same tensor share one run of it.
+    """
+    around = {id(module.linear): module for module in root.modules() if isinstance(module, QuantInput)}
+    names = {id(linear): name for name, linear in named_linears(root).items()}
+    shared = Shared(transform)
+    for linear in linears:
+        wrapper = around.get(id(linear))
+        if wrapper is None:
+            replace_module(root, names[id(linear)], QuantInput(linear, shared))
+        else:
+            wrapper.transform = lambda x, first=wrapper.transform: shared(first(x))
+
+
+def bare(parts: BlockAnatomy) -> BlockAnatomy:
+    """The same anatomy with the linears themselves in the place of QuantInputs around them."""
+    linears = {name: part.linear for name, part in vars(parts).items() if isinstance(part, QuantInput)}
+    return dataclasses.replace(parts, **linears)
+
+
 def wrap_linears(
     root: nn.Module, transform: Callable[[Tensor], Tensor], names: Iterable[str] | None = None
 ) -> None:
@@ -52,12 +97,16 @@ def wrap_linears(
 
 
 def transform_attention(
-    model: nn.Module, attention: nn.Module, transform: Callable[[Tensor, Tensor, Tensor], tuple]
+    model: nn.Module,
+    attention: nn.Module,
+    transform: Callable[[Tensor, Tensor, Tensor], tuple],
+    weigh: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     """Run transform(query, key, value) -> (query, key, value) inside one attention module, after rotary embedding.
 
     Shapes are [batch, heads, seqlen, head_dim] (kv heads for key and value). Goes through transformers' own
-    attention interface, so it works for every family that has moved to it.
+    attention interface, so it works for every family that has moved to it. With `weigh` the attention
+    probabilities [batch, heads, seqlen, seqlen] pass through it on their way to the values.
 
     Raises: UnsupportedModelError for a family whose attention does not use that interface.
     """
@@ -69,7 +118,7 @@ def transform_attention(
             )
         _register(base)
         model.set_attn_implementation(_PREFIX + base)
-    attention.requant_transform = transform
+    attention.requant_transform, attention.requant_weigh = transform, weigh
 
 
 def _register(base: str) -> None:
@@ -77,6 +126,9 @@ def _register(base: str) -> None:
         transform = getattr(module, "requant_transform", None)
         if transform is not None:
             query, key, value = transform(query, key, value)
+        weigh = getattr(module, "requant_weigh", None)
+        if weigh is not None:
+            return _weighed_attention(query, key, value, *args, weigh=weigh, **kwargs)
         # eager attention is not in the registry: each model file defines its own (Gemma 2 adds a soft cap
         # in it)
         inner = (
@@ -88,3 +140,44 @@ def _register(base: str) -> None:
 
     AttentionInterface.register(_PREFIX + base, attention_forward)
     AttentionMaskInterface.register(_PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
+
+
+def _weighed_attention(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, weigh: Callable,
+    scaling: float | None = None, softcap: float | None = None, **_unused: object,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention written out, its probabilities changed by `weigh`; without a mask it is causal."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    if attention_mask is None:
+        attention_mask = torch.ones_like(scores[:1, :1], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+    if attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, -torch.inf)
+    else:
+        scores = scores + attention_mask
+    weights = weigh(scores.softmax(-1, dtype=torch.float32).to(query.dtype))
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class StaticRange(nn.Module):
+    """One scale and one offset for a tensor, whatever it holds: observes first, then rounds; both can be learned."""
+
+    def __init__(self, bits: int):
+        super().__init__()
+        self.bits, self.low, self.high, self.observing = bits, 0.0, 0.0, True
+        self.scale, self.offset = (nn.Parameter(torch.zeros(()), requires_grad=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.observing:
+            self.low, self.high = min(self.low, float(x.min())), max(self.high, float(x.max()))
+            return x
+        return affine_ste(x, self.scale.clamp(1e-5, 1e6), self.offset, self.bits)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Take the observed range."""
+        self.scale.fill_(max((self.high - self.low) / (2**self.bits - 1), 1e-5))
+        self.offset.copy_((-self.low / self.scale).round())
+        self.observing = False

@@ -7,17 +7,17 @@ SmoothQuant and AWQ scale, Outlier Suppression+ and OmniQuant scale and shift, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from requant.reference_impls._anatomy import BlockAnatomy, scale_norm
+from requant.reference_impls._anatomy import BlockAnatomy, gain_offset, scale_norm
 from requant.reference_impls._quant import QuantizationError
 from requant.reference_impls._rotation import heads
-from requant.reference_impls._walk import replace_module
+from requant.reference_impls._walk import Block, replace_module
 
 
 class ShiftedNorm(nn.Module):
@@ -48,6 +48,89 @@ class ScaledInput(nn.Module):
         return self.linear(x / self.s)
 
 
+class Folded:
+    """What a module's parameters become under transforms, by dotted name; differentiable, nothing changes in place.
+
+    Index it with a parameter or buffer of the module. `tensors` is what `Block.forward` takes in their places.
+    """
+
+    def __init__(self, root: nn.Module):
+        self.root = root
+        self.names = {id(t): name for name, t in (*root.named_parameters(), *root.named_buffers())}
+        self.tensors: dict[str, Tensor] = {}
+
+    def __getitem__(self, tensor: Tensor) -> Tensor:
+        return self.tensors.get(self.names[id(tensor)], tensor)
+
+    def __setitem__(self, tensor: Tensor, value: Tensor) -> None:
+        self.tensors[self.names[id(tensor)]] = value
+
+    def scale_norm(self, norm: nn.Module, s: Tensor, d: Tensor | None = None) -> None:
+        """Make the norm give (X - d) / s; s, d [hidden]."""
+        offset, bias = gain_offset(norm), getattr(norm, "bias", None)
+        self[norm.weight] = (self[norm.weight] + offset) / s - offset
+        if bias is not None:
+            self[bias] = (self[bias] if d is None else self[bias] - d) / s
+
+    def scale_rows(self, linear: nn.Linear, rows: Tensor, s: Tensor, d: Tensor | None = None) -> None:
+        """Make these output rows of a linear give (X - d) / s; s, d as long as rows."""
+        divisor = torch.ones_like(self[linear.weight][:, 0]).index_copy(0, rows, s)
+        self[linear.weight] = self[linear.weight] / divisor[:, None]
+        if linear.bias is not None:
+            moved = self[linear.bias] if d is None else self[linear.bias].index_add(0, rows, -d)
+            self[linear.bias] = moved / divisor
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Put all tensors into the module itself, in place."""
+        own = {**dict(self.root.named_parameters()), **dict(self.root.named_buffers())}
+        for name, tensor in self.tensors.items():
+            own[name].copy_(tensor)
+
+
+@dataclass(frozen=True)
+class QueryKey:
+    """The scale between queries and keys, s [rows of k]: q / s and k * s leave every attention score as it was.
+
+    Under rotary embedding only if both channels of a rotated pair share their s; `tie` makes them.
+    """
+
+    q: nn.Linear
+    k: nn.Linear
+    head_dim: int
+    repeat: int
+    rotary_dim: int
+
+    def tie(self, s: Tensor) -> Tensor:
+        """s with the mean of each rotated pair (j, j + rotary_dim / 2) in both of its places."""
+        by_head, half = s.view(-1, self.head_dim), self.rotary_dim // 2
+        if not half:
+            return s
+        mean = (by_head[:, :half] + by_head[:, half : 2 * half]) / 2
+        return torch.cat([mean, mean, by_head[:, 2 * half :]], 1).flatten()
+
+    def fold_into(self, now: Folded, s: Tensor) -> None:
+        """Scale both projections in `now`; gradients flow to s."""
+        read = s.view(-1, 1, self.head_dim).expand(-1, self.repeat, -1).flatten()
+        now.scale_rows(self.q, torch.arange(self.q.out_features), read)
+        now.scale_rows(self.k, torch.arange(self.k.out_features), 1 / s)
+
+
+def query_key(parts: BlockAnatomy, config, kwargs: Mapping[str, object]) -> QueryKey | None:
+    """The q-k pair of a block; None where they are one linear or a norm stands behind them (Qwen 3).
+
+    Args:
+        kwargs: what the model passes to the block; cos and sin among it tell of rotary embedding, and its width.
+    """
+    weighted = [module for module in parts.attn.children() if getattr(module, "weight", None) is not None]
+    if parts.q is None or any(not isinstance(getattr(m, "linear", m), nn.Linear) for m in weighted):
+        return None
+    geometry, rotary = heads(parts, config), kwargs.get("position_embeddings")
+    rotary_dim = 0 if rotary is None else rotary[0].shape[-1]
+    repeat = geometry.n_heads // geometry.n_kv_heads
+    return QueryKey(parts.q, parts.k, geometry.head_dim, repeat, rotary_dim)
+
+
 @dataclass(frozen=True)
 class Site:
     """Linears that read one tensor X, and the operator that can give (X - d) / s in its place.
@@ -65,12 +148,43 @@ class Site:
     shifts: bool
     head_dim: int = 1
     repeat: int = 1
+    writer: nn.Module | None = None  # what writes X, and which of its rows (None: a norm); for `fold_into`
+    rows: Tensor | None = None
 
     def seen(self, vector: Tensor) -> Tensor:
         """A vector [channels written] as the readers index it: [d_in]."""
         if self.repeat == 1:
             return vector
         return vector.view(-1, 1, self.head_dim).expand(-1, self.repeat, -1).reshape(-1)
+
+    def written(self, vector: Tensor) -> Tensor:
+        """The largest value that readers have for each channel of what is written: [d_in] -> [channels written]."""
+        if self.repeat == 1:
+            return vector
+        return vector.view(-1, self.repeat, self.head_dim).amax(1).flatten()
+
+    @property
+    def can_learn_shift(self) -> bool:
+        """Whether the writer and all readers have a bias already."""
+        modules = [self.writer, *self.linears]
+        return self.shifts and all(getattr(module, "bias", None) is not None for module in modules)
+
+    def fold_into(self, now: Folded, s: Tensor, d: Tensor | None = None) -> None:
+        """`fold` as a function: puts the new tensors into `now`, and gradients flow to s and d.
+
+        Raises: QuantizationError where nothing can absorb s, or d has no biases to go to.
+        """
+        if self.writer is None or (d is not None and not self.can_learn_shift):
+            raise QuantizationError(f"what writes {self.name} cannot absorb this scale or shift")
+        if self.rows is None:
+            now.scale_norm(self.writer, s, d)
+        else:
+            now.scale_rows(self.writer, self.rows, s, d)
+        for linear in self.linears:
+            W = now[linear.weight]
+            if d is not None:
+                now[linear.bias] = now[linear.bias] + W @ self.seen(d)
+            now[linear.weight] = W * self.seen(s)
 
     @torch.no_grad()
     def fold(self, s: Tensor, d: Tensor | None = None) -> None:
@@ -128,19 +242,36 @@ def sites(parts: BlockAnatomy, config) -> list[Site]:
     """
     names = ["attn_norm", "mlp_norm"]
     found = [
-        Site(name, linears, partial(_write_norm, parts.block, norm), shifts=True)
+        Site(name, linears, partial(_write_norm, parts.block, norm), shifts=True, writer=norm)
         for name, (norm, linears) in zip(names, parts.norm_groups, strict=False)
     ]
     geometry = heads(parts, config)
     write = partial(_write_rows, geometry.value, geometry.value_rows)
     repeat = geometry.n_heads // geometry.n_kv_heads
-    found.insert(1, Site("value", [parts.o], write, True, geometry.head_dim, repeat))
+    value = (geometry.value, geometry.value_rows)
+    found.insert(1, Site("value", [parts.o], write, True, geometry.head_dim, repeat, *value))
     gated = parts.gate is not None or parts.up.out_features == 2 * parts.down.in_features
     relu = any(isinstance(module, nn.ReLU) for module in parts.mlp.modules())
-    write = partial(_write_at_run_time, parts.block, parts.down)
+    write, up = partial(_write_at_run_time, parts.block, parts.down), (None, None)
     if gated or relu:  # the input is linear in up's output, or ReLU(x / s) = ReLU(x) / s
         # the last rows: where a fused gate and up projection has its up half
         rows = torch.arange(parts.up.out_features)[-parts.down.in_features :]
-        write = partial(_write_rows, parts.up, rows)
-    found.append(Site("up", [parts.down], write, shifts=False))
+        write, up = partial(_write_rows, parts.up, rows), (parts.up, rows)
+    found.append(Site("up", [parts.down], write, False, 1, 1, *up))
     return found
+
+
+def channel_ranges(block: Block, site: Site) -> tuple[Tensor, Tensor]:
+    """What readers of a site are fed in the original model (walk "both"), by channel [d_in].
+
+    Returns: max |X_j| over all tokens, and the running mean over samples of (max X_j + min X_j) / 2, the mid-range
+    that Outlier Suppression+ takes for a shift, with a weight of 0.01 for the latest sample.
+    """
+    seen: list[Tensor] = []
+    original = replace(block, inputs=block.original_inputs)
+    original.observe({site.name: site.linears[0]}, lambda _name, X: seen.append(X))
+    samples = torch.cat(seen).unflatten(0, (-1, block.inputs[0].shape[1]))  # [n_samples, seqlen, d_in]
+    middle, *others = (samples.amax(1) + samples.amin(1)) / 2
+    for latest in others:
+        middle = 0.99 * middle + 0.01 * latest
+    return samples.abs().amax((0, 1)), middle

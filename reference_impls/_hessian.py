@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -56,3 +58,33 @@ def proxy_loss(W: Tensor, Q: Tensor, H: Tensor) -> float:
     """tr((Q - W) H (Q - W)^T), the layer objective all Hessian-based methods minimise; float64."""
     error = (Q - W).double()
     return float((error @ H.double() * error).sum())
+
+
+def coordinate_sweep(
+    Q: Tensor, W: Tensor, H: Tensor, nearest: Callable[[int, Tensor], Tensor], block_size: int = 128
+) -> Tensor:
+    """One pass of cyclic coordinate descent over the inputs on tr((Q - W) H (Q - W)^T), which does not rise.
+
+    Args:
+        Q: [..., d_out, d_in] float32, the present weights, each among its own allowed values; W: alike, the target.
+        H: [..., d_in, d_in] float32 with a positive diagonal.
+        nearest: (column j, best values [..., d_out] with the other columns as they are) -> allowed values.
+        block_size: columns per lazy batch; the result does not depend on it, up to float error.
+    Returns: the new weights [..., d_out, d_in].
+    """
+    ratio = H / H.diagonal(dim1=-2, dim2=-1)[..., None]  # row j: H_jk / H_jj
+    Q = Q.mT.contiguous()  # [..., d_in, d_out]: a column of the weight is a contiguous row here
+    E = Q - W.mT
+    for begin in range(0, H.shape[-1], block_size):
+        rows = slice(begin, min(begin + block_size, H.shape[-1]))
+        slope = ratio[..., rows, :] @ E  # as of the start of the batch, [..., block, d_out]
+        moved = torch.zeros_like(slope)
+        inside = ratio[..., rows, rows]
+        for i in range(slope.shape[-2]):
+            j = begin + i
+            step = slope[..., i, :] + (inside[..., i : i + 1, :i] @ moved[..., :i, :])[..., 0, :]
+            new = nearest(j, Q[..., j, :] - step)
+            moved[..., i, :] = new - Q[..., j, :]
+            Q[..., j, :] = new
+        E[..., rows, :] += moved
+    return Q.mT

@@ -7,17 +7,32 @@ inputs and targets is `_walk.walk_blocks(..., propagate="both")`; `Block.forward
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from requant.reference_impls._quant import clipped_fake_quant, stored_scale
+from requant.reference_impls._walk import Block
 
 
 def round_ste(x: Tensor) -> Tensor:
     """Round to nearest; the gradient passes as if nothing had been rounded (straight-through estimator)."""
     return x + (x.round() - x).detach()
+
+
+def straight_through(x: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
+    """rounding(x) with the gradient of the identity, where it clips as well."""
+    rounded = rounding(x.detach())
+    return x + (rounded - x.detach()) if x.requires_grad else rounded
+
+
+def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Mean cross entropy in nats of logits [n, seqlen, vocabulary] with tokens [n, seqlen], each with the next."""
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def affine_ste(
@@ -45,10 +60,22 @@ def clipped_grid(x: Tensor, bits: int, low: Tensor, high: Tensor) -> tuple[Tenso
     return scale, round_ste(-bottom / scale)
 
 
+@torch.no_grad()
+def floored(s: Tensor, least: float) -> Tensor:
+    """s with its entries of smaller magnitude pushed to +-least, zeros left alone; in place."""
+    return s.copy_(torch.where(s.abs() < least, least * s.sign(), s))
+
+
 def in_order(n_samples: int, batch_size: int, epochs: int) -> Iterator[Tensor]:
     """Sample indices [batch_size] epoch after epoch, always in the same order; the last batch may be shorter."""
     for _ in range(epochs):
         yield from torch.arange(n_samples).split(batch_size)
+
+
+def samples(batches: Sequence[Tensor], indices: Tensor) -> Tensor:
+    """The samples [n, ...] with these indices, counted through equal batches (a block's inputs or targets)."""
+    size = len(batches[0])
+    return torch.stack([batches[i // size][i % size] for i in indices.tolist()])
 
 
 def at_random(n_samples: int, batch_size: int, n_steps: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -69,6 +96,13 @@ class SignSGD(Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     parameter.add_(parameter.grad.sign(), alpha=-group["lr"])
+
+
+def cosine_decay(optimizer: Optimizer, n_steps: int, end: float) -> LRScheduler:
+    """From each group's learning rate to the share `end` of it along half a cosine over n_steps steps."""
+    return LambdaLR(
+        optimizer, lambda t: end + (1 - end) * (1 + math.cos(math.pi * min(t / max(n_steps, 1), 1))) / 2
+    )
 
 
 def descend(
@@ -129,6 +163,75 @@ class ClippingStrengths(nn.Module):
         self.low_logit = nn.Parameter(torch.full(shape, init))
         self.high_logit = nn.Parameter(torch.full(shape, init))
 
-    def grid(self, groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-        """`clipped_grid` of groups [..., n] with the present strengths."""
-        return clipped_grid(groups, bits, self.low_logit.sigmoid(), self.high_logit.sigmoid())
+    def grid(self, groups: Tensor, bits: int, symmetric: bool = False) -> tuple[Tensor, Tensor]:
+        """`clipped_grid` of groups [..., n] with the present strengths; symmetric: zero point 2^(bits-1)."""
+        low, high = self.low_logit.sigmoid(), self.high_logit.sigmoid()
+        if not symmetric:
+            return clipped_grid(groups, bits, low, high)
+        peak = torch.maximum(-low * groups.amin(-1, keepdim=True), high * groups.amax(-1, keepdim=True))
+        scale = (peak / (2 ** (bits - 1) - 1)).clamp(min=1e-5)
+        return scale, torch.full_like(scale, 2.0 ** (bits - 1))
+
+    @torch.no_grad()
+    def stored_grid(self, groups: Tensor, bits: int, symmetric: bool = False) -> tuple[Tensor, Tensor]:
+        """`grid` in the precision it is stored in: float16 scale, zero point within the codes."""
+        exact, zero_point = self.grid(groups, bits, symmetric)
+        scale = stored_scale(exact, bits)
+        if not symmetric:
+            bottom = self.low_logit.sigmoid() * groups.amin(-1, keepdim=True).clamp(max=0)
+            zero_point = (-bottom / scale).round()
+        return scale, zero_point.clamp(0, 2**bits - 1)
+
+    def fake_quantize(self, groups: Tensor, bits: int, symmetric: bool = False) -> Tensor:
+        """groups rounded on `grid` while gradients are recorded, elsewhere on `stored_grid`; same shape."""
+        grid = self.grid if torch.is_grad_enabled() else self.stored_grid
+        return affine_ste(groups, *grid(groups, bits, symmetric), bits)
+
+
+def token_ste(x: Tensor, bits: int) -> Tensor:
+    """Asymmetric rounding of each last-dimension slice, differentiable in x and through its range (activations)."""
+    if not x.requires_grad:
+        return clipped_fake_quant(x, bits)
+    return affine_ste(x, *clipped_grid(x, bits, 1.0, 1.0), bits)
+
+
+def reconstruct(
+    block: Block,
+    parameters: Callable[[int], Mapping[str, Tensor]],
+    optimizer: Optimizer,
+    *,
+    epochs: int,
+    batch_size: int,
+    second_targets: list[Tensor] | None = None,
+) -> list[float]:
+    """Descend on the mean squared distance of the block's output on `inputs` from `targets` (walk "both").
+
+    Args:
+        parameters: (epoch) -> what `Block.forward` takes in the place of parameters, differentiable.
+        second_targets: a further distance is added, from these (OmniQuant's aug_loss).
+    Returns: the loss of each batch, samples in the same order every epoch.
+    """
+    inputs, *wanted = (
+        torch.cat(part).detach() for part in (block.inputs, block.targets, second_targets or []) if part
+    )
+    batches = list(in_order(len(inputs), batch_size, epochs))
+    steps = iter(range(len(batches)))
+
+    def loss(batch: Tensor) -> Tensor:
+        epoch = next(steps) * epochs // len(batches)
+        output = block.forward(inputs[batch], parameters(epoch))
+        return sum((output - target[batch]).square().mean() for target in wanted)
+
+    return descend(loss, optimizer, batches)
+
+
+@torch.no_grad()
+def output_error(
+    data: Block, parameters: Mapping[str, Tensor] | None = None, block: Block | None = None
+) -> float:
+    """Mean squared distance of the outputs of a block (default: data itself) on data.inputs from data.targets."""
+    run = (data if block is None else block).forward
+    errors = [
+        (run(x, parameters) - y).square().mean() for x, y in zip(data.inputs, data.targets, strict=True)
+    ]
+    return float(torch.stack(errors).mean())

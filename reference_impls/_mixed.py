@@ -41,7 +41,7 @@ def choose_qparams(x: Tensor, widths: Tensor, symmetric: bool = False) -> tuple[
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, widths: Tensor) -> Tensor:
     """Integer-valued float codes in 0..2^width-1, same shape as x."""
-    return ((x / scale).round() + zero_point).clamp(min=0).minimum((2.0**widths) - 1)
+    return ((x / scale).round() + zero_point).clamp(min=0).minimum((1 << widths) - 1)
 
 
 def fake_quant(x: Tensor, widths: Tensor, symmetric: bool = False) -> Tensor:

@@ -75,6 +75,24 @@ def fake_quant(x: Tensor, bits: int, symmetric: bool = False) -> Tensor:
     return dequantize(quantize(x, scale, zero_point, bits), scale, zero_point)
 
 
+def clipped_fake_quant(x: Tensor, bits: int, clip_ratio: float = 1.0) -> Tensor:
+    """Asymmetric rounding of each last-dimension slice, both ends of its range times clip_ratio; same shape as x.
+
+    For activations, whose scales are never stored: they keep x's precision. Not differentiable.
+    """
+    low, high = x.amin(-1, keepdim=True).clamp_(max=0), x.amax(-1, keepdim=True).clamp_(min=0)
+    scale = (high - low).mul_(clip_ratio / (2**bits - 1))
+    scale.masked_fill_(scale == 0, 1.0)
+    zero_point = low.mul_(clip_ratio).div_(-scale).round_()
+    codes = (x / scale).round_().add_(zero_point).clamp_(0, 2**bits - 1)
+    return codes.sub_(zero_point).mul_(scale)
+
+
+def power_(errors: Tensor, norm: float) -> Tensor:
+    """errors^norm for errors >= 0, in the memory of `errors`; several times as fast as torch.pow."""
+    return errors.clamp_(min=1e-12).log_().mul_(norm).exp_()
+
+
 def absmax_scale(x: Tensor, bits: int, *, per_tensor: bool = False, clip_ratio: float = 1.0) -> Tensor:
     """clip_ratio * max|x| / (2^(bits-1)-1), over the last dimension or, per_tensor, over the last two; keepdim.
 
@@ -90,6 +108,15 @@ def absmax_fake_quant(x: Tensor, bits: int, scale: Tensor | None = None, **how) 
     limit = 2 ** (bits - 1) - 1
     scale = absmax_scale(x, bits, **how) if scale is None else scale
     return (x / scale).round().clamp(-limit, limit) * scale
+
+
+def absmax_qparams(x: Tensor, bits: int, _symmetric: bool = True) -> tuple[Tensor, Tensor]:
+    """The signed grid in affine form: max|x| / (2^(bits-1)-1) in stored precision, zero point 2^(bits-1); [..., 1].
+
+    With GPTQ's call signature. Codes may reach the one level below -max|x|, as QUIK's and QuaRot's do.
+    """
+    scale = stored_scale(absmax_scale(x, bits), bits)
+    return scale, torch.full_like(scale, 2.0 ** (bits - 1))
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:

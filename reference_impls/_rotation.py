@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from requant.reference_impls._activation import transform_inputs
 from requant.reference_impls._anatomy import BlockAnatomy, block_anatomies, gain_offset, require_pre_norm
+from requant.reference_impls._hadamard import hadamard_transform, has_hadamard
 from requant.reference_impls._walk import UnsupportedModelError, decoder_blocks, replace_module
 
 _FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")
@@ -224,15 +226,37 @@ def heads(parts: BlockAnatomy, config) -> Heads:
 
 @torch.no_grad()
 def rotate_values(parts: BlockAnatomy, geometry: Heads, R: Tensor) -> None:
-    """Rotate every value head by R [head_dim, head_dim] and undo it in o's columns, in place."""
+    """Rotate every value head by R [head_dim, head_dim], or by its own R [n_kv_heads, head_dim, head_dim], in place.
+
+    o's columns undo it.
+    """
     value, size = geometry.value, geometry.head_dim
     rows, R = geometry.value_rows.to(value.weight.device), R.double().to(value.weight.device)
     V = value.weight[rows].double().view(geometry.n_kv_heads, size, -1)  # [n_kv_heads, head_dim, d_in]
-    value.weight[rows] = (R.T @ V).flatten(0, 1).to(value.weight.dtype)
+    value.weight[rows] = (R.mT @ V).flatten(0, 1).to(value.weight.dtype)
     if value.bias is not None:
-        value.bias[rows] = (value.bias[rows].double().view(-1, size) @ R).flatten().to(value.bias.dtype)
-    columns = parts.o.weight.double().view(-1, geometry.n_heads, size)  # [hidden, n_heads, head_dim]
-    _write(parts.o.weight, (columns @ R.to(columns.device)).flatten(1))
+        b = value.bias[rows].double().view(-1, size)
+        b = b @ R if R.ndim == 2 else (b[:, None] @ R)[:, 0]
+        value.bias[rows] = b.flatten().to(value.bias.dtype)
+    columns, R = parts.o.weight.double().view(-1, geometry.n_heads, size), R.to(parts.o.weight.device)
+    if R.ndim == 2:
+        columns = columns @ R  # [hidden, n_heads, head_dim]
+    else:
+        R = R.repeat_interleave(geometry.n_heads // geometry.n_kv_heads, 0)
+        columns = (columns.transpose(0, 1) @ R).transpose(0, 1)
+    _write(parts.o.weight, columns.flatten(1))
+
+
+@torch.no_grad()
+def hadamard_before(root: nn.Module, linear: nn.Linear, remedy: str = "") -> None:
+    """Put a Hadamard transform in front of a linear below root and its inverse into the weight, in place.
+
+    Raises: UnsupportedModelError where no such matrix is known; the message ends with the remedy.
+    """
+    if not has_hadamard(linear.in_features):
+        raise UnsupportedModelError(f"no Hadamard matrix is known for {linear.in_features} inputs{remedy}")
+    _write(linear.weight, hadamard_transform(linear.weight.double()))
+    transform_inputs(root, [linear], hadamard_transform)
 
 
 @contextmanager

@@ -27,7 +27,12 @@ def quantize_linears(model: nn.Module, quantize_weight: LayerQuantizer) -> nn.Mo
 
 @torch.no_grad()
 def quantize_blockwise(
-    model: nn.Module, calib: Tensor, quantize_weight: LayerQuantizer, *, true_sequential: bool = False
+    model: nn.Module,
+    calib: Tensor,
+    quantize_weight: Callable[..., Tensor],
+    *,
+    true_sequential: bool = False,
+    stacked: bool = True,
 ) -> nn.Module:
     """A copy of the model quantized block by block with each linear's input second moments H (GPTQ, Sec. 3 and code).
 
@@ -35,7 +40,8 @@ def quantize_blockwise(
     blocks before it. With true_sequential the linears of a block are done in the order {q, k, v}, {o},
     {gate, up}, {down}, and later ones see what the earlier ones became. Linears fed the same tensor go
     through quantize_weight as one stacked
-    matrix: rows are independent in every method that uses this loop.
+    matrix: rows are independent in most methods that use this loop. With stacked=False each linear goes alone,
+    through quantize_weight(W, H, name), named as in its block.
     """
     model = copy_model(model)
     for block in walk_blocks(model, calib):
@@ -44,8 +50,12 @@ def quantize_blockwise(
             hessians = block.hessians(stage)
             for names in _by_hessian(hessians):
                 linears = [stage[name] for name in names]
-                stacked = torch.cat([linear.weight.float() for linear in linears])  # [sum of d_out, d_in]
-                quantized = quantize_weight(stacked, hessians[names[0]])
+                if not stacked:
+                    for name, linear in zip(names, linears, strict=True):
+                        linear.weight.copy_(quantize_weight(linear.weight.float(), hessians[name], name))
+                    continue
+                together = torch.cat([linear.weight.float() for linear in linears])  # [sum of d_out, d_in]
+                quantized = quantize_weight(together, hessians[names[0]])
                 for linear, rows in zip(
                     linears, quantized.split([l.out_features for l in linears]), strict=True
                 ):

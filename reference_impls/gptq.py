@@ -11,7 +11,7 @@ Deviates  H is divided by the number of tokens, not of sequences (the scale canc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -43,7 +43,8 @@ class Rounded:
     """Codes of one layer in processing order, with the grid of each group.
 
     codes [d_in, d_out]; scale, zero_point [n_groups, d_out]; order [d_in]: processing position -> input
-    column; group [d_in]: processing position -> group.
+    column; group [d_in]: processing position -> group; kept: mask [d_in, d_out] and float16 values of the weights
+    that were not rounded, None where all were.
     """
 
     codes: Tensor
@@ -51,17 +52,26 @@ class Rounded:
     zero_point: Tensor
     order: Tensor
     group: Tensor
+    kept: tuple[Tensor, Tensor] | None = None
 
     def dequantize(self) -> Tensor:
         """The weight, float32 [d_out, d_in], columns in input order."""
         Q = _quant.dequantize(
             self.codes, self.scale[self.group], self.zero_point[self.group]
         )  # [d_in, d_out]
+        Q = Q if self.kept is None else torch.where(*self.kept, Q)
         return Q[self.order.argsort()].T.contiguous()
 
 
 def round_columns(
-    W: Tensor, H: Tensor, cfg: Config, choose_qparams: Callable = _quant.choose_qparams
+    W: Tensor,
+    H: Tensor,
+    cfg: Config,
+    choose_qparams: Callable = _quant.choose_qparams,
+    *,
+    quantize: Callable = _quant.quantize,
+    widths: Sequence[int] | Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Rounded:
     """Algorithm 1: round W column by column, each error spread over the columns still to come.
 
@@ -70,6 +80,9 @@ def round_columns(
         H: [d_in, d_in] float32, proportional to X^T X over calibration tokens; left unchanged.
         choose_qparams: (x [..., n], bits, symmetric) -> scale, zero_point [..., 1]; the grid of each row or
             group.
+        quantize: (x [d_out], scale, zero_point, bits) -> codes, if not `_quant.quantize`.
+        widths: the `bits` of each group, n_groups ints or a tensor [n_groups, d_out]; None: w_bits everywhere.
+        kept: bool [d_out, d_in], weights that are compensated but not rounded, and count as 0 for the grids.
     Raises: QuantizationError if group_size does not divide d_in, or H + damping is not positive definite.
     """
     d_in = W.shape[1]
@@ -78,28 +91,40 @@ def round_columns(
     U = inverse_cholesky(damped(H, cfg.damp_ratio)[order][:, order])  # H^-1 = U^T U, Sec. 3.3 "Step 3"
     group = order // size if cfg.static_groups else torch.arange(d_in) // size
     fixed_grid = cfg.static_groups or size == d_in
-    grids = choose_qparams(_quant.grouped(W, size), cfg.w_bits, cfg.symmetric)
-    scale, zero_point = (t.squeeze(-1).T.contiguous() for t in grids)  # [n_groups, d_out]
+    widths = [cfg.w_bits] * (d_in // size) if widths is None else widths
+    keep = None if kept is None else kept.T[order]
+    scale, zero_point = (torch.empty(d_in // size, W.shape[0]) for _ in range(2))
 
+    def choose(g: int, x: Tensor) -> None:
+        bits = widths[g][:, None] if isinstance(widths, Tensor) else widths[g]
+        scale[g], zero_point[g] = (t.squeeze(-1) for t in choose_qparams(x, bits, cfg.symmetric))
+
+    if fixed_grid:
+        rounded_part = W if kept is None else W.masked_fill(kept, 0.0)
+        for g, x in enumerate(rounded_part.split(size, 1)):
+            choose(g, x)
     rest = W.T.clone()  # [d_in, d_out]: a column of W is a contiguous row here
     rest[H.diagonal() == 0] = 0.0  # dead inputs
     rest = rest[order]
-    codes = torch.empty_like(rest)
+    codes, values = torch.empty_like(rest), None if kept is None else torch.empty_like(rest)
     starts = sorted({*range(0, d_in, cfg.block_size), *(() if fixed_grid else range(0, d_in, size)), d_in})
     for begin, end in pairwise(starts):
         if not fixed_grid and begin % size == 0:
-            grid = choose_qparams(rest[begin : begin + size].T, cfg.w_bits, cfg.symmetric)
-            scale[begin // size], zero_point[begin // size] = (t.squeeze(-1) for t in grid)
+            x = rest[begin : begin + size]
+            choose(begin // size, (x if kept is None else x.masked_fill(keep[begin : begin + size], 0.0)).T)
         errors = torch.empty(end - begin, W.shape[0])
         for j in range(begin, end):
             s, z = scale[group[j]], zero_point[group[j]]
-            codes[j] = _quant.quantize(rest[j], s, z, cfg.w_bits)
-            errors[j - begin] = (rest[j] - _quant.dequantize(codes[j], s, z)) / U[j, j]  # Eq. 2
+            codes[j] = quantize(rest[j], s, z, widths[group[j]])
+            value = _quant.dequantize(codes[j], s, z)
+            if kept is not None:
+                value = values[j] = torch.where(keep[j], rest[j].half().float(), value)
+            errors[j - begin] = (rest[j] - value) / U[j, j]  # Eq. 2
             rest[j + 1 : end].addr_(
                 U[j, j + 1 : end], errors[j - begin], alpha=-1
             )  # Eq. 3, inside the lazy batch
         rest[end:].addmm_(U[begin:end, end:].T, errors, alpha=-1)  # Eq. 4, "Step 2": lazy batch update
-    return Rounded(codes, scale, zero_point, order, group)
+    return Rounded(codes, scale, zero_point, order, group, None if kept is None else (keep, values))
 
 
 def quantize_weight(W: Tensor, H: Tensor, cfg: Config) -> Tensor:

@@ -1,0 +1,365 @@
+"""DuQuant: smoothing, a greedy block rotation, a zigzag permutation and a second rotation in front of every linear.
+
+Paper     Lin et al., NeurIPS 2024, arXiv:2406.01721v3 (numbers below refer to v3)   Entry  papers/duquant.yaml
+Scope     weights and inputs of nn.Linear in decoder blocks, queries, keys, values; attention probabilities, embeddings,
+          lm_head untouched
+Deviates  the variant with learned clipping (LWC) is not offered; one random completion a search, as the code draws it;
+          the flat orthogonal matrix is a Householder reflection, the code's a product of plane rotations; smoothing
+          takes the largest weight of all readers (the code of q and of up alone) and under grouped queries one factor
+          for the query heads that share a value head (the code divides the input of o when it runs); the Hadamard
+          transform of queries and keys is at most a head wide; ranges include zero and scales are rounded to float16;
+          rotations and permutations, two matrices and an index a layer input, are not counted as storage
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from requant.reference_impls import _quant, smoothquant
+from requant.reference_impls._activation import transform_attention, transform_inputs
+from requant.reference_impls._anatomy import anatomy, block_anatomies, require_pre_norm
+from requant.reference_impls._equivalence import Site, sites
+from requant.reference_impls._hadamard import hadamard_transform, random_orthogonal
+from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._walk import Block, check_calib, copy_model, walk_blocks
+
+TINY = {"block_size": 32, "max_rotation_step": 8}
+ERROR_FLOOR = 0.05  # rows are clipped at 0.8 of their range
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults: DuQuant without learned clipping at W4A4, the rows of Table 1."""
+
+    w_bits: int = 4  # Table 1
+    a_bits: int | None = 4  # Table 1; None = not quantized
+    kv_bits: int | None = 4  # queries, keys, values; code, the activations' width; None = not quantized
+    w_clip_ratio: float = 0.8  # code, --swc: share of a row's range
+    a_clip_ratio: float = 0.9  # code, --lac: share of a token's range, linear inputs only
+    alpha: float | None = 0.6  # code, --alpha; 0.5 with learned clipping; None = no smoothing
+    block_size: int = 128  # code, --block_size: channels that one rotation mixes
+    max_rotation_step: int = 256  # code, --max_rotation_step: greedy steps tried; 0 = no rotation at all
+    permutation_times: int = 1  # code, --permutation_times: permutations, each with one more rotation
+    construction: str = "paper"  # or "released": the code's base matrix and choice of channel
+    seed: int = 0  # of the random completions
+
+
+def _check(cfg: Config) -> None:
+    if cfg.construction not in ("paper", "released"):
+        raise QuantizationError(f"construction is {cfg.construction!r}; choose paper or released")
+
+
+# --- the dual transformation (Sec. 3.2) -----------------------------------------------------------------------------
+
+
+def base_rotation(size: int, cfg: Config, generator: torch.Generator) -> Tensor:
+    """An orthogonal matrix [size, size]; as in the paper its first row is flat, |r_1j| = 1/sqrt(size).
+
+    The rest is a random completion: diag(1, Q) U with U flat in its first row and Q random orthogonal. The released
+    code has U diag(1, Q), of which only the first entry keeps that size.
+    """
+    v = torch.full((size,), -(size**-0.5), dtype=torch.float64)
+    v[0] += 1.0
+    U = torch.eye(size, dtype=torch.float64) - 2 * torch.outer(v, v) / (v @ v)  # e_1 <-> the flat vector
+    Q = torch.block_diag(torch.ones(1, 1, dtype=torch.float64), random_orthogonal(size - 1, generator))
+    return (Q @ U if cfg.construction == "paper" else U @ Q).float()
+
+
+def search_rotation(X: Tensor, cfg: Config, generator: torch.Generator) -> tuple[Tensor, list[float]]:
+    """The product of greedy rotations that leaves the smallest peak.
+
+    Each step moves the channel with the largest magnitude to the first place, where the base matrix spreads it over
+    all channels; of all products of the first k steps the one with the smallest range max - min is kept.
+
+    Args:
+        X: [n, block_size] float32, all blocks of all tokens; left unchanged.
+    Returns: R [block_size, block_size], and the range after 0, 1, ..., max_rotation_step steps.
+    """
+    size = X.shape[1]
+    base = base_rotation(size, cfg, generator)
+    R = best = torch.eye(size)
+    peaks: list[float] = []
+    for step in range(cfg.max_rotation_step + 1):
+        high, low = X.amax(0), X.amin(0)  # [block_size]
+        peaks.append(float(high.max() - low.min()))
+        if peaks[-1] < min(peaks[:-1], default=torch.inf):
+            best = R
+        if step == cfg.max_rotation_step:
+            break
+        if cfg.construction == "paper":
+            channel = int(torch.maximum(high, -low).argmax())
+        else:  # a row of X, which counts tokens and blocks, taken for a channel
+            channel = int(X.abs().argmax()) // size % size
+        swap = torch.arange(size)
+        swap[0], swap[channel] = channel, 0
+        turn = base[swap][:, swap]
+        X, R = X @ turn, R @ turn
+    return best, peaks
+
+
+def zigzag(X: Tensor, block_size: int) -> Tensor:
+    """The order of channels that deals them to blocks by falling max|x_j|: 1..K, K..1, 1..K, ... (Sec. 3.2).
+
+    Args:
+        X: [n_tokens, d_in].
+    Returns: int64 [d_in]; the channels of one block follow each other, the largest first.
+    """
+    ranked = X.abs().amax(0).argsort(descending=True, stable=True).view(block_size, -1)  # [round, block]
+    ranked[1::2] = ranked[1::2].flip(1)
+    return ranked.T.flatten()
+
+
+@dataclass(frozen=True)
+class Transform:
+    """x -> x R1 P R2 ...: rotations [n, B, B], the same for all blocks of x, and n - 1 permutations [n - 1, d_in]."""
+
+    rotations: Tensor
+    permutations: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., d_in], activations or the rows of a weight; a new tensor of the same shape and dtype."""
+        shape, size = x.shape, self.rotations.shape[-1]
+        for index, R in enumerate(self.rotations):
+            if index:
+                x = x.reshape(-1, shape[-1]).index_select(1, self.permutations[index - 1].to(x.device))
+            x = x.reshape(-1, size) @ R.to(x)
+        return x.view(shape)
+
+
+def search_transform(X: Tensor, cfg: Config, generator: torch.Generator) -> Transform:
+    """Rotation, permutation, rotation for X [n_tokens, d_in], each found on what the one before leaves.
+
+    Raises: QuantizationError if block_size does not divide d_in.
+    """
+    d_in, size = X.shape[1], cfg.block_size
+    if d_in % size:
+        raise QuantizationError(
+            f"block_size {size} does not divide d_in {d_in}; choose a divisor of both widths"
+        )
+    found, orders = [], []
+    for time in range(cfg.permutation_times + 1):
+        if time:
+            orders.append(zigzag(X, size))
+            X = X[:, orders[-1]]
+        R, _ = search_rotation(X.reshape(-1, size), cfg, generator)
+        found.append(R)
+        X = (X.reshape(-1, size) @ R).view(-1, d_in)
+    return Transform(torch.stack(found), torch.stack(orders) if orders else torch.empty(0, d_in))
+
+
+# --- smoothing ------------------------------------------------------------------------------------------------------
+
+
+def _factors(site: Site, peak: Tensor, alpha: float) -> Tensor:
+    """max|X_j|^alpha / max|W_j|^(1 - alpha) for each channel written [channels], over all heads that read it."""
+    weights = [linear.weight for linear in site.linears]
+    if site.repeat > 1:
+        split = (-1, site.repeat, site.head_dim)
+        peak = peak.view(split).amax(1).flatten()
+        weights = [W.unflatten(1, split).transpose(1, 2).reshape(-1, len(peak)) for W in weights]
+    return smoothquant.smoothing_factors(peak, weights, alpha)
+
+
+@torch.no_grad()
+def _smooth(model: nn.Module, calib: Tensor, alpha: float) -> None:
+    """Fold the factors in at both norms, the values and the MLP's inner activation; in place."""
+    require_pre_norm(model)
+    peaks = smoothquant.channel_peaks(model, calib)
+    for parts in block_anatomies(model):
+        places = sites(parts, model.config)
+        factors = [_factors(site, peaks[site.linears[0]], alpha) for site in places]
+        for site, s in zip(places, factors, strict=True):
+            site.fold(s)
+
+
+# --- quantization ---------------------------------------------------------------------------------------------------
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated and rounded queries and keys, whose product only rounding changes, and rounded values."""
+    if cfg.max_rotation_step:
+        width = min(128, query.shape[-1])  # code: blocks of 128, the head of a Llama
+        query, key = (hadamard_transform(x.unflatten(-1, (-1, width))).flatten(-2) for x in (query, key))
+    return tuple(_quant.clipped_fake_quant(x, cfg.kv_bits) for x in (query, key, value))
+
+
+@torch.no_grad()
+def _transform_stage(block: Block, linears: list[nn.Linear], cfg: Config, generator, rounding: bool) -> None:
+    """One transform for linears that read the same tensor; their weights rounded in the new basis, in place."""
+    seen: list[Tensor] = []
+    block.observe({"input": linears[0]}, lambda _name, X: seen.append(X.float()))
+    transform = search_transform(torch.cat(seen), cfg, generator)
+
+    def transform_and_round(x: Tensor) -> Tensor:
+        return _quant.clipped_fake_quant(transform(x), cfg.a_bits, cfg.a_clip_ratio)
+
+    before = transform_and_round if rounding and cfg.a_bits is not None else transform
+    for linear in linears:
+        W = transform(linear.weight.float())
+        linear.weight.copy_(quantize_weight(W, None, cfg) if rounding else W)
+    transform_inputs(block.module, linears, before)
+
+
+@torch.no_grad()
+def transform(model: nn.Module, calib: Tensor, cfg: Config, rounding: bool = False) -> nn.Module:
+    """A copy with smoothed channels, rotated and permuted inputs, and the inverse of all this in its weights.
+
+    Transforms are searched block by block on a single sequence: the mean over samples of the first block's inputs.
+    Without rounding the copy computes the same function.
+    """
+    _check(cfg)
+    check_calib(calib)
+    model = copy_model(model)
+    if cfg.alpha is not None:
+        _smooth(model, calib, cfg.alpha)
+    if rounding and cfg.kv_bits is not None:
+        for parts in block_anatomies(model):
+            transform_attention(model, parts.attn, partial(_attend, cfg=cfg))
+    generator = torch.Generator().manual_seed(cfg.seed)
+    for block in walk_blocks(model, calib):
+        if block.index == 0:
+            block.inputs = [torch.cat(block.inputs).mean(0, keepdim=True)]  # [1, seqlen, hidden]
+        parts = anatomy(block.module)
+        for stage in (parts.qkv, [parts.o], parts.ups, [parts.down]):
+            linears = [getattr(module, "linear", module) for module in stage]  # smoothing may wrap one
+            _transform_stage(block, linears, cfg, generator, rounding)
+    return model
+
+
+def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
+    """Transform every linear input, then round weights, linear inputs, queries, keys and values to nearest.
+
+    Raises: QuantizationError without calib, or if block_size does not divide a width; UnsupportedModelError.
+    """
+    return transform(model, calib, cfg, rounding=True)
+
+
+def _round(W: Tensor, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
+    scale, zero_point = _quant.choose_qparams(W[:, None] * cfg.w_clip_ratio, cfg.w_bits)
+    return _quant.quantize(W[:, None], scale, zero_point, cfg.w_bits), scale, zero_point
+
+
+def quantize_weight(W: Tensor, H: Tensor | None, cfg: Config) -> Tensor:
+    """Round W [d_out, d_in], already transformed, on one asymmetric grid a row; H is ignored. Dequantized."""
+    return _quant.dequantize(*_round(W, cfg)).flatten(1)
+
+
+def pack_weight(W: Tensor, H: Tensor | None, cfg: Config) -> dict[str, Tensor]:
+    """The tensors stored for one transformed layer: packed codes and zero points, float16 scales."""
+    return _quant.pack_affine(*_round(W, cfg), cfg.w_bits, symmetric=False)
+
+
+def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
+    """Inverse of `pack_weight`: float32 [d_out, d_in]."""
+    return _quant.unpack_affine(packed, cfg.w_bits, symmetric=False)
+
+
+def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
+    """b + (16 + b)/d_in; rotations and permutations, shared by all rows and blocks, are left out."""
+    return _quant.affine_bits(cfg.w_bits, None, d_in, symmetric=False)
+
+
+# --- invariants and findings named in papers/duquant.yaml -----------------------------------------------------------
+
+_LAYER = ("model.layers.1.mlp.down_proj", "reference-outlier", 512)  # 4 of 768 channels have outliers
+
+
+def transforms_keep_logits(ctx) -> float:
+    """Largest change of a logit by smoothing, rotations and permutation, as a share of the largest logit."""
+    model, tokens = ctx.reference("reference-outlier"), ctx.test_windows(2)
+    changed = transform(model, ctx.calib(4), Config(max_rotation_step=4))
+    with torch.no_grad():
+        plain, logits = model(tokens).logits, changed(tokens).logits
+    return float((logits - plain).abs().max() / plain.abs().max())
+
+
+def rotations_are_orthogonal(ctx) -> float:
+    """Largest entry of |R R^T - I| over searched rotations, and distance of the base's first row from 1/sqrt(B)."""
+    generator, worst = torch.Generator().manual_seed(ctx.seed), 0.0
+    X = ctx.layer(*_LAYER)[2]
+    for size in (32, 128, 256):
+        cfg = Config(block_size=size, max_rotation_step=32)
+        flat = base_rotation(size, cfg, generator)[0].abs() - size**-0.5
+        R = search_transform(X, cfg, generator).rotations
+        worst = max(worst, float(flat.abs().max()), float((R @ R.mT - torch.eye(size)).abs().max()))
+    return worst
+
+
+def zigzag_deals_evenly(ctx) -> float:
+    """Channels dealt twice or not at all, plus blocks without exactly one of the K largest channels."""
+    X, size, wrong = ctx.layer(*_LAYER)[2], 128, 0
+    for data in (X, X[:, :256], X.abs() ** 0.5):
+        order = zigzag(data, size)
+        blocks = data.shape[1] // size
+        largest = data.abs().amax(0).argsort(descending=True, stable=True)[:blocks]
+        wrong += int((order.sort().values != torch.arange(len(order))).sum())
+        wrong += int((torch.isin(order.view(blocks, size), largest).sum(1) != 1).sum())
+    return float(wrong)
+
+
+def kept_prefix_is_the_best(ctx) -> float:
+    """Relative distance of the range that the kept rotation leaves from the smallest recorded one."""
+    X = ctx.layer(*_LAYER)[2].reshape(-1, 128)
+    R, peaks = search_rotation(X, Config(max_rotation_step=64), torch.Generator().manual_seed(ctx.seed))
+    rotated = X @ R
+    return abs(float(rotated.max() - rotated.min()) / min(peaks) - 1)
+
+
+def peaks_after_rotation(ctx) -> list[dict]:
+    """Range max - min of the input of down_proj in blocks of 128, as a share of the range before; means of 3 draws."""
+    X = ctx.layer(*_LAYER)[2].reshape(-1, 128)
+    before, totals = float(X.max() - X.min()), {}
+    for seed in range(3):
+        for name, construction in (("searched", "paper"), ("released", "released")):
+            cfg = Config(max_rotation_step=64, construction=construction)
+            peaks = search_rotation(X, cfg, torch.Generator().manual_seed(seed))[1]
+            totals[name] = totals.get(name, 0.0) + min(peaks)
+            if name == "searched":
+                totals["one_step"] = totals.get("one_step", 0.0) + peaks[1]
+        rotated = X @ random_orthogonal(128, torch.Generator().manual_seed(seed)).float()
+        totals["random"] = totals.get("random", 0.0) + float(rotated.max() - rotated.min())
+    return [{"name": "none", "value": 1.0}] + [
+        {"name": name, "value": total / 3 / before} for name, total in totals.items()
+    ]
+
+
+def unevenness_of_blocks(ctx) -> list[dict]:
+    """Standard deviation over blocks of the mean of max|x_j|, as a share of the mean; after one rotation."""
+    X, size = ctx.layer(*_LAYER)[2], 32
+    cfg, generator = Config(block_size=size, max_rotation_step=32), torch.Generator().manual_seed(ctx.seed)
+    X = search_transform(X, replace(cfg, permutation_times=0), generator)(X)
+    orders = {"none": [torch.arange(X.shape[1])], "zigzag": [zigzag(X, size)]}
+    orders["random"] = [torch.randperm(X.shape[1], generator=generator) for _ in range(8)]
+    rows = []
+    for name, choices in orders.items():
+        means = [X.abs().amax(0)[order].view(-1, size).mean(1) for order in choices]
+        value = sum(float(mean.std(correction=0) / mean.mean()) for mean in means) / len(means)
+        rows.append({"name": name, "value": value})
+    return rows
+
+
+def product_errors(ctx) -> list[dict]:
+    """Squared error of a 4-bit product of one down_proj as a share of its square; mean over three draws.
+
+    planted_* is reference-outlier, where weights at outlier channels are small by the factor of the outliers.
+    """
+    how = {"dual": (32, 1), "rotated_once": (32, 0), "plain": (0, 0)}
+    rows = []
+    for prefix, model in (("", "reference"), ("planted_", "reference-outlier")):
+        W, _, X = ctx.layer(_LAYER[0], model, 512)
+        exact = X @ W.T
+        for name, (steps, times) in how.items():
+            cfg, total = Config(block_size=32, max_rotation_step=steps, permutation_times=times), 0.0
+            for seed in range(3):
+                T = search_transform(X, cfg, torch.Generator().manual_seed(seed))
+                Y = (
+                    _quant.clipped_fake_quant(T(X), cfg.a_bits, cfg.a_clip_ratio)
+                    @ quantize_weight(T(W), None, cfg).T
+                )
+                total += float((Y - exact).square().sum() / exact.square().sum())
+            rows.append({"name": prefix + name, "value": total / 3})
+    return rows

@@ -1,0 +1,399 @@
+"""ResQ: rotates to principal axes, keeps the eighth with the largest variance in 8 bits and the rest in 4.
+
+Paper     Saxena et al., ICML 2025, arXiv:2412.14363v2 (numbers below refer to v2)   Entry  papers/resq.yaml
+Scope     weights and inputs of nn.Linear in decoder blocks, keys, values; embeddings, lm_head untouched
+Deviates  one calibration set gives the basis (all samples, at most basis_samples) and GPTQ (the first gptq_samples);
+          trained rotations and a basis a layer are not offered; ranges include zero; weight scales are rounded to
+          float16; where a norm follows a sublayer (Gemma 2), the stream rotation behind it is online
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from requant.reference_impls import _quant, gptq, quarot
+from requant.reference_impls._activation import bare, transform_attention, transform_inputs
+from requant.reference_impls._anatomy import block_anatomies
+from requant.reference_impls._hadamard import random_orthogonal
+from requant.reference_impls._hessian import damped, gram
+from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._rotation import (
+    fuse_norms,
+    hadamard_before,
+    heads,
+    rotate_stream,
+    rotate_values,
+    same_function,
+)
+from requant.reference_impls._walk import (
+    check_calib,
+    copy_model,
+    named_linears,
+    walk_blocks,
+)
+from requant.reference_impls._weights import quantize_blockwise
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults: W4A4KV4 with an eighth in 8 bits, the main table."""
+
+    w_bits: int = 4  # main table
+    a_bits: int | None = 4  # main table; None = not quantized
+    kv_bits: int | None = 4  # main table; None = not quantized
+    high_bits: int = 8  # scripts, --high_bits
+    high_fraction: float = 0.125  # scripts, --high_fraction; 0 = uniform
+    qk_bits: int | None = 8  # code: queries, keys and their rotation before that product; None = not rounded
+    subspace: str = (
+        "principal"  # or "channels": those with the largest sum of |x|, QUIK's choice (code, rotate_mode)
+    )
+    mix: bool = True  # Sec. 4: a random rotation inside each part
+    rounding: str = "gptq"  # or "rtn"
+    clip_search: bool = True  # scripts, --w_clip
+    damp_ratio: float = 0.01  # code, --percdamp
+    block_size: int = 128  # code, blocksize of GPTQ
+    gptq_samples: int = 128  # code, --nsamples of ptq.py
+    basis_samples: int = 512  # scripts, --nsamples of get_basis.py
+    basis_damp_ratio: float = 0.01  # code: of the mean diagonal, added to second moments
+    seed: int = 0  # of the random rotations
+
+    def high(self, width: int) -> int:
+        """How many of `width` axes are kept in high_bits: the last ones."""
+        return int(self.high_fraction * width)
+
+
+def _check(cfg: Config) -> None:
+    for name, known in (("rounding", ("gptq", "rtn")), ("subspace", ("principal", "channels"))):
+        if getattr(cfg, name) not in known:
+            raise QuantizationError(f"{name} is {getattr(cfg, name)!r}; choose one of {', '.join(known)}")
+    if not 0 <= cfg.high_fraction < 1:
+        raise QuantizationError(f"high_fraction is {cfg.high_fraction}; choose a share in [0, 1)")
+
+
+# --- basis (Sec. 4) -------------------------------------------------------------------------------------------------
+
+
+class Moments:
+    """Sums over tokens of x x^T and |x| for x [..., n_tokens, d], leading dimensions kept apart."""
+
+    def __init__(self) -> None:
+        self.squares = self.sizes = 0.0
+
+    def add(self, X: Tensor) -> None:
+        products = gram(X) if X.ndim == 2 else X.mT @ X
+        self.squares, self.sizes = self.squares + products.double(), self.sizes + X.abs().sum(-2).double()
+
+    def axes(self, cfg: Config) -> Tensor:
+        """Orthonormal axes [..., d, d] as columns, those to keep in high precision last; moments are not centred."""
+        width = self.sizes.shape[-1]
+        if cfg.subspace == "channels":
+            return torch.eye(width, dtype=torch.float64)[self.sizes.argsort()].mT
+        moments = torch.stack([damped(S, cfg.basis_damp_ratio) for S in self.squares.view(-1, width, width)])
+        return torch.linalg.eigh(moments.view_as(self.squares)).eigenvectors  # eigenvalues ascend
+
+
+def mixing(width: int, cfg: Config, generator: torch.Generator) -> Tensor:
+    """blockdiag(R_low, R_high) [width, width], random orthogonal or, without mixing, the identity; float64."""
+    if not cfg.mix:
+        return torch.eye(width, dtype=torch.float64)
+    n_high = cfg.high(width)
+    return torch.block_diag(*(random_orthogonal(n, generator) for n in (width - n_high, n_high) if n))
+
+
+@torch.no_grad()
+def collect(model: nn.Module, calib: Tensor) -> tuple[Moments, list[Moments], list[Moments]]:
+    """Moments of the stream as the linears read it (all blocks together), of values and of keys after rotary embedding.
+
+    Args:
+        model: with fused norms; its attention modules are left with a transform that changes nothing.
+    """
+    stream, values, keys = Moments(), [], []
+
+    def record(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        keys[-1].add(key.transpose(0, 1).flatten(0, 2))  # [all heads' tokens, head_dim]
+        values[-1].add(value.transpose(0, 1).flatten(1, 2))  # [n_kv_heads, n_tokens, head_dim]
+        return query, key, value
+
+    anatomies = block_anatomies(model)
+    for parts in anatomies:
+        transform_attention(model, parts.attn, lambda *states: states)
+    for block, parts in zip(walk_blocks(model, calib), anatomies, strict=True):
+        values.append(Moments())
+        keys.append(Moments())
+        parts.attn.requant_transform = record
+        readers = {"attention": parts.qkv[0], "mlp": parts.ups[0]}
+        block.observe(readers, lambda _name, X: stream.add(X.float()))
+        parts.attn.requant_transform = lambda *states: states
+    return stream, values, keys
+
+
+def find_basis(model: nn.Module, calib: Tensor, cfg: Config) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The rotations of a model with fused norms: axes by variance, times a random rotation inside each part.
+
+    Returns: U_A R1 [hidden, hidden]; for each block U_B R2 [n_kv_heads, head_dim, head_dim]; for each block U_C R2
+    [head_dim, head_dim].
+    """
+    stream, values, keys = collect(model, calib[: cfg.basis_samples])
+    generator = torch.Generator().manual_seed(cfg.seed)
+    R1, R2 = (mixing(len(moments.sizes), cfg, generator) for moments in (stream, keys[0]))
+    return (
+        stream.axes(cfg) @ R1,
+        [each.axes(cfg) @ R2 for each in values],
+        [each.axes(cfg) @ R2 for each in keys],
+    )
+
+
+@torch.no_grad()
+def rotate(model: nn.Module, calib: Tensor, cfg: Config) -> nn.Module:
+    """A copy that computes the same logits with its stream, values, keys and MLP activations rotated (Sec. 4).
+
+    Raises: UnsupportedModelError for a structure, or an MLP width, that cannot be rotated.
+    """
+    _check(cfg)
+    check_calib(calib)
+    model = copy_model(model)
+    with same_function(model):
+        fuse_norms(model)
+        stream, values, keys = find_basis(model, calib, cfg)
+        rotate_stream(model, stream)
+        for parts, U_B, U_C in zip(block_anatomies(model), values, keys, strict=True):
+            rotate_values(parts, heads(parts, model.config), U_B)
+            hadamard_before(parts.block, parts.down)
+            parts.attn.requant_transform = partial(_attend, U=U_C, cfg=replace(cfg, kv_bits=None))
+    return model
+
+
+# --- quantizers -----------------------------------------------------------------------------------------------------
+
+
+def quantize_parts(x: Tensor, bits: int, cfg: Config, width: int | None = None) -> Tensor:
+    """Asymmetric rounding of each `width` numbers (default: all) of x [..., d], the low and the high part apart."""
+    groups = x if width is None else x.unflatten(-1, (-1, width))
+    n_high = cfg.high(groups.shape[-1])
+    parts = groups.split([groups.shape[-1] - n_high, n_high], -1)[: 2 if n_high else 1]
+    rounded = [
+        _quant.clipped_fake_quant(part, b) for part, b in zip(parts, (bits, cfg.high_bits), strict=False)
+    ]
+    return torch.cat(rounded, -1).view(x.shape)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, U: Tensor, cfg: Config
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys times U after rotary embedding, and a rounded cache; all per token and head."""
+    U = U.to(key)
+    if cfg.kv_bits is None:
+        return query @ U, key @ U, value
+    if cfg.qk_bits is not None:
+        query, key = (_quant.clipped_fake_quant(x, cfg.qk_bits) for x in (query, key))
+        U = _quant.absmax_fake_quant(U, cfg.qk_bits, per_tensor=True)
+    return query @ U, quantize_parts(key @ U, cfg.kv_bits, cfg), quantize_parts(value, cfg.kv_bits, cfg)
+
+
+def _quantize_flow(model: nn.Module, cfg: Config) -> None:
+    """Round cache and linear inputs of a rotated model when it runs, in place."""
+    for parts in map(bare, block_anatomies(model)):
+        if cfg.kv_bits is not None:
+            U = parts.attn.requant_transform.keywords["U"]
+            parts.attn.requant_transform = partial(_attend, U=U, cfg=cfg)
+        if cfg.a_bits is None:
+            continue
+        plain = partial(quantize_parts, bits=cfg.a_bits, cfg=cfg)
+        by_head = partial(plain, width=heads(parts, model.config).head_dim)
+        uniform = partial(_quant.clipped_fake_quant, bits=cfg.a_bits)
+        stages = ((parts.qkv, plain), ([parts.o], by_head), (parts.ups, plain), ([parts.down], uniform))
+        for linears, rounding in stages:
+            transform_inputs(parts.block, linears, rounding)
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Codes [d_out, n] and scale [d_out, 1] of some columns; symmetric around the code 2^(bits - 1)."""
+
+    codes: Tensor
+    scale: Tensor
+    bits: int
+
+    def dequantize(self) -> Tensor:
+        return _quant.dequantize(self.codes, self.scale, 2.0 ** (self.bits - 1))
+
+
+def _whole_range(x: Tensor, bits: int, _symmetric: bool) -> tuple[Tensor, Tensor]:
+    scale = _quant.stored_scale(_quant.absmax_scale(x, bits), bits)
+    return scale, torch.full_like(scale, 2.0 ** (bits - 1))
+
+
+def _round(W: Tensor, H: Tensor | None, cfg: Config) -> list[_Part]:
+    """The low part and, if there is one, the high part."""
+    _check(cfg)
+    d_in, n_high = W.shape[1], cfg.high(W.shape[1])
+    choose = quarot.search_grid if cfg.clip_search else _whole_range
+    widths = [(d_in - n_high, cfg.w_bits), (n_high, cfg.high_bits)][: 2 if n_high else 1]
+    columns = W.split([n for n, _ in widths], 1)
+    grids = [choose(x, bits, True) for x, (_, bits) in zip(columns, widths, strict=True)]
+    if cfg.rounding == "rtn":
+        codes = [
+            _quant.quantize(x, *grid, bits) for x, grid, (_, bits) in zip(columns, grids, widths, strict=True)
+        ]
+    elif H is None:
+        raise QuantizationError('rounding "gptq" needs H, the second moments of the inputs; or choose "rtn"')
+    else:
+        size = math.gcd(d_in, n_high)  # groups of equal size, of which the last ones are the high part
+        each = [index for index, (n, _) in enumerate(widths) for _ in range(n // size)]
+        turns = iter([grids[index] for index in each])
+        how = gptq.Config(cfg.w_bits, size, True, cfg.damp_ratio, cfg.block_size, static_groups=True)
+        rounded = gptq.round_columns(
+            W, H, how, lambda *_: next(turns), widths=[widths[index][1] for index in each]
+        )
+        codes = rounded.codes.T.split([n for n, _ in widths], 1)
+    return [_Part(c, grid[0], bits) for c, grid, (_, bits) in zip(codes, grids, widths, strict=True)]
+
+
+def quantize_weight(W: Tensor, H: Tensor | None, cfg: Config) -> Tensor:
+    """Round a rotated weight by GPTQ or to nearest, its last columns (`Config.high`) in high_bits.
+
+    Args:
+        W: [d_out, d_in] float32; left unchanged.
+        H: [d_in, d_in] float32, second moments of the rotated inputs; not used if cfg.rounding is "rtn".
+    Returns: float32 [d_out, d_in], dequantized.
+    """
+    return torch.cat([part.dequantize() for part in _round(W, H, cfg)], 1)
+
+
+def _by_role(model: nn.Module, cfg: Config) -> Callable[[Tensor, Tensor, str], Tensor]:
+    """`quantize_weight` by a linear's name in its block: o's high columns are the last of each head, down has none."""
+    parts = bare(block_anatomies(model)[0])
+    names = {id(linear): name for name, linear in named_linears(parts.block).items()}
+    head = heads(parts, model.config).head_dim
+    columns = torch.arange(parts.o.in_features).view(-1, head)
+    low, high = columns.split([head - cfg.high(head), cfg.high(head)], 1)
+    order = torch.cat([low.flatten(), high.flatten()])
+
+    def rounding(W: Tensor, H: Tensor, name: str) -> Tensor:
+        if name == names[id(parts.down)]:
+            return quantize_weight(W, H, replace(cfg, high_fraction=0.0))
+        if name == names[id(parts.o)]:
+            return quantize_weight(W[:, order], H[order][:, order], cfg)[:, order.argsort()]
+        return quantize_weight(W, H, cfg)
+
+    return rounding
+
+
+def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
+    """Rotate, round the weights with unquantized activations, then activations and cache.
+
+    Raises: QuantizationError without calib; UnsupportedModelError as `rotate`.
+    """
+    rotated = rotate(model, calib, cfg)
+    samples = calib[: cfg.gptq_samples if cfg.rounding == "gptq" else 1]
+    rotated = quantize_blockwise(
+        rotated, samples, _by_role(rotated, cfg), true_sequential=True, stacked=False
+    )
+    _quantize_flow(rotated, cfg)
+    return rotated
+
+
+def pack_weight(W: Tensor, H: Tensor | None, cfg: Config) -> dict[str, Tensor]:
+    """The tensors stored for one layer: codes and a float16 scale a row for each part."""
+    packed = {"shape": torch.tensor(W.shape, dtype=torch.int32)}
+    for prefix, part in zip(("", "high_"), _round(W, H, cfg), strict=False):
+        packed[f"{prefix}codes"] = _quant.pack_bits(part.codes, part.bits)
+        packed[f"{prefix}scale"] = part.scale.half()
+    return packed
+
+
+def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
+    """Inverse of `pack_weight`: float32 [d_out, d_in]."""
+    d_out, d_in = packed["shape"].tolist()
+    columns = []
+    for prefix, n, bits in (
+        ("", d_in - cfg.high(d_in), cfg.w_bits),
+        ("high_", cfg.high(d_in), cfg.high_bits),
+    ):
+        if n:
+            codes = _quant.unpack_bits(packed[f"{prefix}codes"], bits, (d_out, n)).float()
+            columns.append(_Part(codes, packed[f"{prefix}scale"].float(), bits).dequantize())
+    return torch.cat(columns, 1)
+
+
+def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
+    """The mean width and a float16 scale a row for each part; folded rotations store nothing."""
+    n_high = cfg.high(d_in)
+    return (cfg.w_bits * (d_in - n_high) + cfg.high_bits * n_high + (32 if n_high else 16)) / d_in
+
+
+# --- invariants and findings named in papers/resq.yaml --------------------------------------------------------------
+
+
+def rotation_keeps_logits(ctx) -> float:
+    """Largest change of a logit by all rotations, folded and online, with nothing rounded."""
+    model, tokens = ctx.reference("reference-outlier"), ctx.test_windows(2)
+    with torch.no_grad():
+        return float(
+            (rotate(model, ctx.calib(4), Config())(tokens).logits - model(tokens).logits).abs().max()
+        )
+
+
+@torch.no_grad()
+def _stream(ctx) -> tuple[Moments, list[Tensor]]:
+    """Moments of the stream (8 calibration samples) and what reads it (4 test windows) in reference, norms fused."""
+    model = copy_model(ctx.reference())
+    fuse_norms(model)
+    inputs: list[Tensor] = []
+    for block in walk_blocks(model, ctx.test_windows(4)):
+        parts = bare(block_anatomies(model)[block.index])
+        block.observe({"attention": parts.qkv[0], "mlp": parts.ups[0]}, lambda _name, X: inputs.append(X))
+    return collect(model, ctx.calib(8))[0], inputs
+
+
+def high_part_holds_the_variance(ctx) -> float:
+    """Relative difference of the variance in the last eighth of U_A R1 and the sum of the largest eigenvalues."""
+    moments, _ = _stream(ctx)
+    cfg = Config()
+    U = moments.axes(cfg) @ mixing(256, cfg, torch.Generator().manual_seed(ctx.seed))
+    n_high, high = cfg.high(256), U[:, -cfg.high(256) :]
+    held, most = (
+        (high.T @ moments.squares @ high).trace(),
+        torch.linalg.eigvalsh(moments.squares)[-n_high:].sum(),
+    )
+    return float((held / most - 1).abs())
+
+
+def parts_stay_apart(ctx) -> float:
+    """Largest entry of |U^T U - I|, and of the product of one rotation's high columns with another's low ones."""
+    moments, _ = _stream(ctx)
+    cfg = Config()
+    draw = (torch.Generator().manual_seed(seed) for seed in (0, 1))
+    first, second = (moments.axes(cfg) @ mixing(256, cfg, generator) for generator in draw)
+    n_low = 256 - cfg.high(256)
+    mixed = (first[:, n_low:].T @ second[:, :n_low]).abs().max()
+    return max(float(mixed), float((first.T @ first - torch.eye(256)).abs().max()))
+
+
+def stream_errors(ctx) -> list[dict]:
+    """Squared error of the rounded stream in units of that of a random rotation and uniform 4 bits; three draws."""
+    moments, inputs = _stream(ctx)
+    variants = {
+        "resq": Config(), "uniform": Config(high_fraction=0.0), "sixteenth": Config(high_fraction=1 / 16),
+        "quarter": Config(high_fraction=0.25), "channels": Config(subspace="channels"), "not_mixed": Config(mix=False),
+    }  # fmt: skip
+    totals = dict.fromkeys((*variants, "random_subspace"), 0.0)
+    for seed in range(3):
+        for name, cfg in [*variants.items(), ("random_subspace", Config())]:
+            generator = torch.Generator().manual_seed(seed)
+            axes = random_orthogonal(256, generator) if name == "random_subspace" else moments.axes(cfg)
+            U = (axes @ mixing(256, cfg, generator)).float()
+            for X in inputs:
+                totals[name] += float(
+                    (quantize_parts(X @ U, 4, cfg) - X @ U).square().sum() / X.square().sum()
+                )
+    return [{"name": name, "value": total / totals["uniform"]} for name, total in totals.items()]

@@ -1,0 +1,396 @@
+"""SpinQuant: QuaRot's rotations, but those that fold into weights are learned on the quantized network's loss.
+
+Paper     Liu et al., ICLR 2025, arXiv:2405.16406v4 (numbers below refer to v4)   Entry  papers/spinquant.yaml
+Scope     weights and inputs of nn.Linear in decoder blocks, keys, values; embeddings, lm_head, queries untouched
+Deviates  calibration samples serve both stages, in order and again from the start where steps * batch_size exceeds
+          them (official: 800 blocks for the rotations, 128 crops for GPTQ); float32 instead of bfloat16; ranges include
+          zero; weight scales are rounded to float16; RMSNorm models keep the mean of their embedding rows; matrices are
+          orthonormalized before merging; where a norm follows a sublayer (Gemma 2), the stream rotation behind it is
+          online; the ExecuTorch export (8-bit embeddings and head) is not offered
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from requant.reference_impls import _quant, quarot
+from requant.reference_impls._activation import bare, transform_attention, transform_inputs
+from requant.reference_impls._anatomy import block_anatomies
+from requant.reference_impls._hadamard import (
+    hadamard_transform,
+    has_hadamard,
+    random_hadamard,
+    random_orthogonal,
+)
+from requant.reference_impls._learn import descend, in_order, next_token_loss, straight_through
+from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._rotation import (
+    Heads,
+    Rotation,
+    fuse_norms,
+    hadamard_before,
+    heads,
+    rotate_stream,
+    rotate_values,
+    same_function,
+    stream_ends,
+)
+from requant.reference_impls._stiefel import CayleySGD, orthonormalized, skew_direction
+from requant.reference_impls._walk import (
+    UnsupportedModelError,
+    check_calib,
+    copy_model,
+)
+from requant.reference_impls._weights import quantize_blockwise, quantize_linears
+
+TINY = {"steps": 2, "batch_size": 2}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults: SpinQuant_had at W4A4KV4 with GPTQ weights, Table 1."""
+
+    w_bits: int = 4  # Table 1
+    a_bits: int | None = 4  # Table 1; None = not quantized
+    kv_bits: int | None = 4  # Table 1; None = not quantized
+    group_size: int | None = None  # Table 1: one scale a row; 32 for the ExecuTorch export
+    symmetric: bool = (
+        True  # code, weights; activations and cache are asymmetric (--a_asym, --k_asym, --v_asym)
+    )
+    rounding: str = "gptq"  # Table 1, or "rtn"
+    clip_search: bool = True  # scripts, --w_clip
+    damp_ratio: float = 0.01  # code, --percdamp
+    block_size: int = 128  # code, blocksize of GPTQ
+    gptq_samples: int = 128  # code, --nsamples
+    kv_group_size: int | None = 128  # scripts, --k_groupsize; narrower heads are one group
+    online: bool = True  # SpinQuant_had: Hadamards on q, k and before down_proj; False: SpinQuant_no_had
+    init: str = "hadamard"  # code, random Hadamard matrices; or "orthogonal", "identity"
+    steps: int = 100  # scripts, --max_steps
+    batch_size: int = 8  # scripts: 8 GPUs with a sequence each
+    lr: float = 1.5  # scripts, --learning_rate; decays to zero by a cosine
+    cayley_iterations: int = 5  # code
+    learn_w_bits: int | None = None  # README: 16-bit weights while learning if GPTQ follows; None = 16
+    seed: int = 0  # of the initial rotations
+
+
+@dataclass(frozen=True)
+class Rotations:
+    """R1 [hidden, hidden] of the residual stream and one R2 [head_dim, head_dim] a block for values (Sec. 3.1)."""
+
+    R1: Tensor
+    R2: list[Tensor]
+
+
+def _check(cfg: Config) -> None:
+    if cfg.init not in ("hadamard", "orthogonal", "identity"):
+        raise QuantizationError(f"init is {cfg.init!r}; choose hadamard, orthogonal or identity")
+
+
+# --- rotation -------------------------------------------------------------------------------------------------------
+
+
+def initial_rotations(model: nn.Module, cfg: Config) -> Rotations:
+    """Where learning starts, float64. Raises: UnsupportedModelError for a size without a Hadamard matrix."""
+    generator = torch.Generator().manual_seed(cfg.seed)
+
+    def draw(size: int, what: str) -> Tensor:
+        if cfg.init == "identity":
+            return torch.eye(size, dtype=torch.float64)
+        if cfg.init == "orthogonal":
+            return random_orthogonal(size, generator)
+        if not has_hadamard(size):
+            raise UnsupportedModelError(
+                f"no Hadamard matrix is known for the {what} {size}; try init='orthogonal'"
+            )
+        return random_hadamard(size, generator)
+
+    widths = [heads(parts, model.config).head_dim for parts in block_anatomies(model)]
+    R1 = draw(stream_ends(model).head.in_features, "hidden size")
+    return Rotations(R1, [draw(width, "head_dim") for width in widths])
+
+
+@torch.no_grad()
+def rotate(model: nn.Module, rotations: Rotations, cfg: Config) -> nn.Module:
+    """A copy with R1, R2 and R4 that computes the same logits; R3 comes with the cache."""
+    model = copy_model(model)
+    with same_function(model):
+        fuse_norms(model)
+        rotate_stream(model, rotations.R1)
+        for parts, R2 in zip(block_anatomies(model), rotations.R2, strict=True):
+            rotate_values(parts, heads(parts, model.config), R2)
+            if cfg.online:
+                hadamard_before(parts.block, parts.down, "; online=False needs none")
+    return model
+
+
+# --- quantizers -----------------------------------------------------------------------------------------------------
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """R3 on queries and keys after rotary embedding, then rounded keys and values."""
+    if cfg.online:
+        query, key = hadamard_transform(query), hadamard_transform(key)
+    size = min(cfg.kv_group_size or key.shape[-1], key.shape[-1])
+    if key.shape[-1] % size:
+        raise QuantizationError(f"kv_group_size {size} does not divide head_dim {key.shape[-1]}")
+    key, value = (_round_groups(x, cfg.kv_bits, size) for x in (key, value))
+    return query, key, value
+
+
+def _round_groups(x: Tensor, bits: int, size: int | None) -> Tensor:
+    """Asymmetric rounding of x [..., d] in groups of `size`, with the gradient of the identity (Sec. 3.2)."""
+    groups = x.unflatten(-1, (-1, size or x.shape[-1]))
+    return straight_through(groups, partial(_quant.clipped_fake_quant, bits=bits)).flatten(-2)
+
+
+def quantize_flow(model: nn.Module, cfg: Config) -> None:
+    """Round cache and linear inputs of a rotated model when it runs, in place; o_proj in groups of a head."""
+    for parts in map(bare, block_anatomies(model)):
+        if cfg.kv_bits is not None:
+            transform_attention(model, parts.attn, partial(_attend, cfg=cfg))
+        width = heads(parts, model.config).head_dim
+        for linears in (parts.qkv, [parts.o], parts.ups, [parts.down]) if cfg.a_bits is not None else ():
+            size = width if linears == [parts.o] else None
+            transform_inputs(parts.block, linears, partial(_round_groups, bits=cfg.a_bits, size=size))
+
+
+# --- learning (Sec. 3.2) --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A tensor that R1 or R2 changes: what reads the stream, what writes to it, values, and what reads values."""
+
+    name: str
+    tensor: Tensor
+    reads: bool = False
+    writes: bool = False
+    layer: int | None = None  # whose R2
+    geometry: Heads | None = None
+    values: bool = False  # the rows of v; else the columns of o
+
+    def rotated(self, R1: Tensor, R2: list[Tensor], rounding: Callable | None) -> Tensor:
+        """The tensor after rotation, differentiable in R1 and R2."""
+        T = self.tensor
+        if self.layer is not None:
+            R, size, rows = R2[self.layer], self.geometry.head_dim, self.geometry.value_rows
+            if not self.values:
+                T = (T.unflatten(1, (-1, size)) @ R).flatten(1)
+            elif T.ndim == 1:
+                T = T.index_copy(0, rows, (T[rows].view(-1, size) @ R).flatten())
+            else:
+                T = T.index_copy(0, rows, (R.T @ T[rows].unflatten(0, (-1, size))).flatten(0, 1))
+        if self.reads:
+            T = T @ R1
+        if self.writes:
+            T = R1.T @ T if T.ndim == 2 else T @ R1
+        return T if rounding is None or T.ndim == 1 else straight_through(T, rounding)
+
+
+def _places(model: nn.Module) -> Iterator[tuple[_Place, bool]]:
+    """All of them in a model rotated by identities, and whether each is a weight to be rounded."""
+    names = {id(module): name for name, module in model.named_modules()}
+    ends = stream_ends(model)
+    for module in (*ends.embeddings, ends.head):
+        yield _Place(f"{names[id(module)]}.weight", module.weight, reads=True), False
+    for index, parts in enumerate(map(bare, block_anatomies(model))):
+        online = [each for each in parts.block.modules() if isinstance(each, Rotation)]  # behind post-norms
+        for rotation in online:
+            yield _Place(f"{names[id(rotation)]}.Q", torch.eye(len(rotation.Q)), reads=True), False
+        geometry = heads(parts, model.config)
+        readers = [*parts.qkv, *parts.ups]
+        for module in (*readers, parts.o, parts.down):
+            value, writes = module is geometry.value, module not in readers and not online
+            name, inner = names[id(module)], {"layer": index, "geometry": geometry, "values": value}
+            inner = inner if value or module is parts.o else {}
+            yield _Place(f"{name}.weight", module.weight, module in readers, writes, **inner), True
+            if module.bias is not None and (value or writes):
+                yield _Place(f"{name}.bias", module.bias, writes=writes, **(inner if value else {})), False
+
+
+class Learner:
+    """The quantized network as a function of its rotations."""
+
+    def __init__(self, model: nn.Module, cfg: Config):
+        initial = initial_rotations(model, cfg)
+        self.model = rotate(model, initial_rotations(model, replace(cfg, init="identity")), cfg)
+        quantize_flow(self.model, cfg)
+        how = None if cfg.learn_w_bits is None else replace(cfg, w_bits=cfg.learn_w_bits, rounding="rtn")
+        rounding = None if how is None else lambda W: quantize_weight(W, None, how)
+        self.places = [(place, rounding if is_weight else None) for place, is_weight in _places(self.model)]
+        self.R1 = nn.Parameter(initial.R1.float())
+        self.R2 = [nn.Parameter(R.float()) for R in initial.R2]
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """[n, seqlen, vocabulary] for tokens [n, seqlen]."""
+        weights = {place.name: place.rotated(self.R1, self.R2, how) for place, how in self.places}
+        return torch.func.functional_call(self.model, weights, (tokens,), {"use_cache": False}).logits
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        """Mean next-token cross entropy in nats (Eq. 2)."""
+        return next_token_loss(self.logits(tokens), tokens)
+
+
+def learn_rotations(
+    model: nn.Module, calib: Tensor, cfg: Config, watch: Callable[[list[Tensor]], None] | None = None
+) -> Rotations:
+    """Cayley SGD on {R1, R2}, all weights frozen; orthogonal matrices, float64.
+
+    Args:
+        calib: int64 [n_samples, seqlen].
+        watch: called with R1 and all R2 after each step.
+    """
+    if not cfg.steps:
+        return initial_rotations(model, cfg)
+    learner = Learner(model, cfg)
+    learned, generator = [learner.R1, *learner.R2], torch.Generator().manual_seed(cfg.seed)
+    optimizer = CayleySGD(learned, cfg.lr, cfg.cayley_iterations, generator=generator)
+    schedule = LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / cfg.steps)))
+    epochs = cfg.steps * cfg.batch_size // len(calib) + 1
+    batches = islice(in_order(len(calib), cfg.batch_size, epochs), cfg.steps)
+    project = None if watch is None else partial(watch, learned)
+    descend(lambda batch: learner.loss(calib[batch]), optimizer, batches, schedule=schedule, project=project)
+    R1, *R2 = (orthonormalized(R.detach()) for R in learned)
+    return Rotations(R1, R2)
+
+
+def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
+    """Learn the rotations, merge them, round the weights with unquantized activations, then activations and cache.
+
+    Raises: QuantizationError without calib; UnsupportedModelError for a structure or size that cannot be rotated.
+    """
+    _check(cfg)
+    check_calib(calib)
+    rotations = learn_rotations(model, calib.to(model.device), cfg)
+    rotated, rounding = rotate(model, rotations, cfg), partial(quantize_weight, cfg=cfg)
+    if cfg.rounding == "gptq":
+        rotated = quantize_blockwise(rotated, calib[: cfg.gptq_samples], rounding, true_sequential=True)
+    else:
+        rotated = quantize_linears(rotated, rounding)
+    quantize_flow(rotated, cfg)
+    return rotated
+
+
+# --- weights: QuaRot's rounding -------------------------------------------------------------------------------------
+
+
+def _as_quarot(cfg: Config) -> quarot.Config:
+    names = ("w_bits", "group_size", "symmetric", "rounding", "clip_search", "damp_ratio", "block_size")
+    return quarot.Config(**{name: getattr(cfg, name) for name in names})
+
+
+def quantize_weight(W: Tensor, H: Tensor | None, cfg: Config) -> Tensor:
+    """Round a rotated weight [d_out, d_in] by GPTQ or to nearest, ranges by clip search; see `quarot`."""
+    return quarot.quantize_weight(W, H, _as_quarot(cfg))
+
+
+def pack_weight(W: Tensor, H: Tensor | None, cfg: Config) -> dict[str, Tensor]:
+    """The tensors stored for one layer; see `quarot.pack_weight`."""
+    return quarot.pack_weight(W, H, _as_quarot(cfg))
+
+
+def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
+    """Inverse of `pack_weight`: float32 [d_out, d_in]."""
+    return quarot.unpack_weight(packed, _as_quarot(cfg))
+
+
+def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
+    """b + 16/g; learned rotations are folded, fixed ones constructed, so they store nothing."""
+    return quarot.bits_per_weight(d_out, d_in, _as_quarot(cfg))
+
+
+# --- invariants and findings named in papers/spinquant.yaml ---------------------------------------------------------
+
+
+def rotation_keeps_logits(ctx) -> float:
+    """Largest change of a logit by random orthogonal R1 and R2, as learned from and as merged, nothing rounded."""
+    model, tokens = ctx.reference("reference-outlier"), ctx.test_windows(2)
+    cfg = Config(a_bits=None, kv_bits=None, init="orthogonal")
+    with torch.no_grad():
+        plain, merged = model(tokens).logits, rotate(model, initial_rotations(model, cfg), cfg)(tokens).logits
+        learned = Learner(model, cfg).logits(tokens)
+    return max(float((logits - plain).abs().max()) for logits in (merged, learned))
+
+
+_learned: dict[int, tuple] = {}  # seed -> what `_learning` returns
+
+
+def _learning(ctx) -> tuple[Rotations, float, Tensor, Config]:
+    """The learning of the ordering claim: rotations, largest |R R^T - I| after any step, samples and config."""
+    worst = 0.0
+
+    def watch(learned: list[Tensor]) -> None:
+        nonlocal worst
+        worst = max(worst, *(float((R @ R.T - torch.eye(len(R))).abs().max()) for R in learned))
+
+    if ctx.seed not in _learned:
+        calib = ctx.calib(32)
+        cfg = Config(rounding="rtn", clip_search=False, learn_w_bits=4, steps=12, batch_size=2, seed=ctx.seed)
+        rotations = learn_rotations(ctx.reference("reference-outlier"), calib, cfg, watch)
+        _learned[ctx.seed] = rotations, worst, calib, cfg
+    return _learned[ctx.seed]
+
+
+def stays_on_the_manifold(ctx) -> float:
+    """Largest entry of |R R^T - I| over all rotations and all steps of one learning."""
+    return _learning(ctx)[1]
+
+
+def iteration_is_the_cayley_transform(ctx) -> float:
+    """Largest difference of a step and (I - a/2 W)^-1 (I + a/2 W) R^T, on a loss that punishes large values."""
+    generator = torch.Generator().manual_seed(ctx.seed)
+    X = torch.randn(256, 64, generator=generator) * (1 + 20 * (torch.arange(64) % 16 == 0))
+    R = nn.Parameter(random_orthogonal(64, generator).float())
+    (X @ R).pow(4).mean().backward()
+    before = R.detach().clone()
+    W = skew_direction(before, R.grad)
+    half = min(1.5, 1.0 / float(W.abs().sum(0).max())) / 2 * W
+    exact = torch.linalg.solve(torch.eye(64) - half, (torch.eye(64) + half) @ before.T).T
+    CayleySGD([R], lr=1.5, qr_chance=0.0).step()
+    return float((R.detach() - exact).abs().max())
+
+
+def flat_without_quantization(ctx) -> float:
+    """Size of the loss's gradient along the manifold with nothing rounded, as a share of that of the 4-bit network."""
+    model, tokens, sizes = ctx.reference(), ctx.calib(1), []
+    for cfg in (Config(a_bits=None, kv_bits=None), Config()):
+        learner = Learner(model, cfg)
+        learner.loss(tokens).backward()
+        sizes.append(sum(float(skew_direction(R.detach(), R.grad).norm()) for R in (learner.R1, *learner.R2)))
+    return sizes[0] / sizes[1]
+
+
+def loss_of_the_samples_learned_from(ctx) -> list[dict]:
+    """Nats of the 4-bit network on the 32 samples it learned from, before and after."""
+    model = ctx.reference("reference-outlier")
+    learned, _, calib, cfg = _learning(ctx)
+    rows = []
+    for name, chosen in (("before", initial_rotations(model, cfg)), ("after", learned)):
+        rounded = quantize_linears(rotate(model, chosen, cfg), partial(quantize_weight, cfg=cfg))
+        quantize_flow(rounded, cfg)
+        with torch.no_grad():
+            rows.append({"name": name, "value": float(next_token_loss(rounded(calib).logits, calib))})
+    return rows
+
+
+def spread_over_rotations(ctx) -> list[dict]:
+    """Largest minus smallest loss in nats on 6 test windows over four random orthogonal rotations."""
+    model, tokens, rows = ctx.reference("reference-outlier"), ctx.test_windows(6), []
+    for name, cfg in (("rounded", Config()), ("not_rounded", Config(a_bits=None, kv_bits=None))):
+        losses = []
+        for seed in range(4):
+            start = initial_rotations(model, replace(cfg, init="orthogonal", seed=seed))
+            rotated = rotate(model, start, cfg)
+            quantize_flow(rotated, cfg)
+            with torch.no_grad():
+                losses.append(float(next_token_loss(rotated(tokens).logits, tokens)))
+        rows.append({"name": name, "value": max(losses) - min(losses)})
+    return rows
