@@ -1,0 +1,320 @@
+"""SliM-LLM: GPTQ in which the least salient groups of a matrix lend one bit to the most salient ones.
+
+Paper     Huang et al., ICML 2025, arXiv:2405.14917v2 (numbers below refer to v2)   Entry  papers/slim_llm.yaml
+Scope     weights of nn.Linear in decoder blocks; activations, embeddings, norms and lm_head untouched. SliM-LLM+, which
+          gives the same widths to OmniQuant's learned clipping, is not here
+Deviates  the layer's bias takes part in the search (the released code leaves it out of one side); both ends of the
+          search are tried, uniform widths and half the groups raised (the code tries neither, `both_ends`); the grid
+          search sums the errors of all weights, because the code weighs its salient and its other part alike; the
+          absolute 0.01 that the code adds to H is left out; scales, and the means of 1-bit groups, are rounded to
+          float16, the precision they are stored in; where only H is known and no inputs (`pack_weight` alone), the rows
+          of a factor of H stand in for them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from requant.reference_impls import _mixed, _quant, gptq
+from requant.reference_impls._hessian import damped, inverse_cholesky, proxy_loss
+from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._walk import Block, check_calib, copy_model, named_linears, walk_blocks
+
+TINY = {"w_bits": 3, "group_size": 16, "n_grid": 10}
+_OBJECTIVES = ("kl", "kl_original", "mse")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults: 2 bits in groups of 128, Tables 1 and 8. "code" is the official repository @cfdf5ff."""
+
+    w_bits: int = 2  # mean width N, Tables 1 and 8; also 3
+    group_size: int = 128  # Table 1; 64 and 32 in Table 7
+    damp_ratio: float = 0.01  # code, --percdamp
+    block_size: int = 128  # code: columns per lazy batch
+    allocation: bool = True  # salience-determined bit allocation; off: N bits everywhere
+    objective: str = "kl"  # code: KL(quantized || original); "kl_original": the text's order; "mse": Table 6
+    both_ends: bool = True  # the text; code: off
+    calibration: bool = True  # salience-weighted quantizer calibration; off: min-max grids
+    tau_range: float = 0.1  # code: factors of a group's range in [1 - tau_range, 1 + tau_range]
+    n_grid: int = 100  # code: factors tried besides 1, half of them above and half below
+    clip_norm: float = 2.4  # code: power of the errors
+
+
+def _check(cfg: Config) -> None:
+    if cfg.objective not in _OBJECTIVES:
+        raise QuantizationError(f"objective {cfg.objective!r} is none of {', '.join(_OBJECTIVES)}")
+    if cfg.w_bits < 2:
+        raise QuantizationError(f"w_bits {cfg.w_bits} leaves nothing to lend; choose 2 or more")
+
+
+# --- grids
+
+
+def choose_qparams(x: Tensor, bits: int, cfg: Config, *, calibrate: bool) -> tuple[Tensor, Tensor]:
+    """The grid of each last-dimension slice of x [..., n]: scale and zero point, [..., 1] each.
+
+    One bit stands for mean + or - mean |x| (code), which makes the zero point a fraction. Wider codes have a min-max
+    grid; calibrate: its range times the factor near 1 that rounds x best.
+    """
+    if bits == 1:
+        scale = _quant.stored_scale(2 * x.abs().mean(-1, keepdim=True), bits)
+        return scale, (0.5 - x.mean(-1, keepdim=True) / scale).half().float()
+    top = 2**bits - 1
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    step = torch.where(high == low, 2.0, high - low) / top
+    zero = (-low / step).round()
+    best_scale = _quant.stored_scale(step, 8)
+    if not calibrate:
+        return best_scale, zero
+    best, q, x = torch.full_like(step, torch.inf), torch.empty_like(x), x.contiguous()
+    factors = 1 + torch.linspace(-cfg.tau_range, cfg.tau_range, cfg.n_grid // 2 * 2 + 1)
+    for factor in sorted(factors.tolist(), key=lambda f: abs(f - 1)):  # ties go to the factor next to 1
+        scale = _quant.stored_scale(factor * step, 8)
+        torch.div(x, scale, out=q).add_(zero).round_().clamp_(0, top).sub_(zero).mul_(scale).sub_(x)
+        error = _quant.power_(q.abs_(), cfg.clip_norm).sum(-1, keepdim=True)
+        better = error < best
+        best, best_scale = torch.where(better, error, best), torch.where(better, scale, best_scale)
+    return best_scale, zero
+
+
+def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    return (x / scale + zero_point).round().clamp(0, 2**bits - 1)
+
+
+def _fake_quant(W: Tensor, bits: int, cfg: Config) -> Tensor:
+    x = _quant.grouped(W, cfg.group_size)
+    scale, zero = choose_qparams(x, bits, cfg, calibrate=False)
+    return _quant.dequantize(_quantize(x, scale, zero, bits), scale, zero).flatten(1)
+
+
+# --- widths
+
+
+def group_salience(W: Tensor, H: Tensor, cfg: Config) -> Tensor:
+    """Sum of w_ij^2 / U_jj^2 over each group of inputs and all rows, U the Cholesky factor of H^-1: [n_groups]."""
+    U = inverse_cholesky(damped(H, cfg.damp_ratio))
+    return _quant.grouped((W / U.diagonal()).square(), cfg.group_size).sum((0, 2))
+
+
+def _divergence_from(target: Tensor, objective: str) -> Callable[[Tensor], float]:
+    """Sum over tokens of the divergence from target [n_tokens, d_out]; probabilities are at least 1e-6 (code)."""
+    if objective == "mse":
+        return lambda output: float((output - target).square().sum())
+    original = target.softmax(-1).clamp_(min=1e-6)
+    log_original = original.log()
+
+    def divergence(output: Tensor) -> float:
+        p = output.softmax(-1).clamp_(min=1e-6)
+        if objective == "kl":
+            return float(p.log().sub_(log_original).mul_(p).sum())
+        return float((log_original - p.log_()).mul_(original).sum())
+
+    return divergence
+
+
+class Search:
+    """How many groups to lower and raise in one linear, judged by its outputs (salience-determined bit allocation).
+
+    Attributes:
+        order: groups by salience, least first, [n_groups].
+        counts: the numbers of groups lowered, and raised, that are tried.
+        total: [n_counts] divergence from the original outputs, summed over the tokens seen.
+    """
+
+    def __init__(self, W: Tensor, salience: Tensor, cfg: Config, bias: Tensor | None = None):
+        half = len(salience) // 2
+        self.cfg, self.W, self.bias = cfg, W, bias
+        self.order = salience.argsort(stable=True)
+        self.counts = list(range(half + 1) if cfg.both_ends or half < 2 else range(1, half))
+        self.total = torch.zeros(len(self.counts), dtype=torch.float64)
+        if len(self.counts) > 1:
+            N = cfg.w_bits
+            self.mid, low, high = (_fake_quant(W, bits, cfg) for bits in (N, N - 1, N + 1))
+            self.lowered, self.raised = low - self.mid, high - self.mid
+
+    def see(self, X: Tensor) -> None:
+        """Add the divergences on inputs X [n_tokens, d_in]; each count changes two groups of the one before it."""
+        if len(self.counts) == 1:
+            return
+        size, G = self.cfg.group_size, len(self.order)
+        target = torch.nn.functional.linear(X, self.W, self.bias)
+        output = torch.nn.functional.linear(X, self.mid, self.bias)
+        divergence = _divergence_from(target, self.cfg.objective)
+        for count in range(self.counts[-1] + 1):
+            for rank, change in ((count - 1, self.lowered), (G - count, self.raised)) if count else ():
+                begin = int(self.order[rank]) * size
+                output.addmm_(X[:, begin : begin + size], change[:, begin : begin + size].T)
+            if count >= self.counts[0]:
+                self.total[count - self.counts[0]] += divergence(output)
+
+    def widths(self) -> list[int]:
+        """Bits of each group: N - 1 for the least salient, N + 1 for as many of the most salient, N for the rest."""
+        count = self.counts[int(self.total.argmin())]
+        widths = torch.full((len(self.order),), self.cfg.w_bits)
+        widths[self.order[:count]] -= 1
+        widths[self.order[len(self.order) - count :]] += 1
+        return widths.tolist()
+
+
+def choose_widths(W: Tensor, H: Tensor, cfg: Config, X: Tensor | None = None) -> list[int]:
+    """Bits of each group of a linear with inputs X [n_tokens, d_in]; without X, rows of a factor of H stand for it."""
+    _check(cfg)
+    if not cfg.allocation:
+        return [cfg.w_bits] * _quant.grouped(W, cfg.group_size).shape[1]
+    search = Search(W, group_salience(W, H, cfg), cfg)
+    search.see(torch.linalg.cholesky(damped(H, cfg.damp_ratio)).T * len(H) ** 0.5 if X is None else X)
+    return search.widths()
+
+
+# --- one linear
+
+
+def pack_weight(W: Tensor, H: Tensor, cfg: Config, widths: list[int] | None = None) -> dict[str, Tensor]:
+    """The tensors stored for one layer; widths: bits of each group, None: `choose_widths`.
+
+    Zero points are as wide as their codes; at a mean of 2 bits, where 1-bit groups have fractions, all are float16.
+    """
+    _check(cfg)
+    widths = choose_widths(W, H, cfg) if widths is None else widths
+    how = gptq.Config(cfg.w_bits, cfg.group_size, damp_ratio=cfg.damp_ratio, block_size=cfg.block_size)
+
+    def choose(x: Tensor, bits: int, _symmetric: bool) -> tuple[Tensor, Tensor]:
+        return choose_qparams(x, bits, cfg, calibrate=cfg.calibration)
+
+    rounded = gptq.round_columns(W, H, how, choose, quantize=_quantize, widths=widths)
+    codes = _quant.grouped(rounded.codes.T, cfg.group_size)
+    scale, zero = rounded.scale.T[..., None], rounded.zero_point.T[..., None]
+    packed = _mixed.pack_groups(codes, scale, zero.floor(), torch.tensor(widths)[:, None], _choices(cfg))
+    if cfg.w_bits > 2:
+        return packed
+    return {key: t for key, t in packed.items() if "zero" not in key} | {"zero_point": zero.half()}
+
+
+def _choices(cfg: Config) -> tuple[int, ...]:
+    return (cfg.w_bits - 1, cfg.w_bits, cfg.w_bits + 1)
+
+
+def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
+    """Inverse of `pack_weight`: float32 [d_out, d_in]."""
+    if cfg.w_bits > 2:
+        return _mixed.unpack_groups(packed, _choices(cfg))
+    shape = tuple(packed["shape"].tolist())
+    widths = _mixed.unpack_widths(packed["widths"], _choices(cfg), (shape[1], 1))
+    codes = _mixed.unpack_codes(packed, widths, _choices(cfg), shape).float()
+    return _quant.dequantize(codes, packed["scale"].float(), packed["zero_point"].float()).flatten(1)
+
+
+def quantize_weight(W: Tensor, H: Tensor, cfg: Config, widths: list[int] | None = None) -> Tensor:
+    """The dequantized weight, float32 [d_out, d_in]; arguments as for `pack_weight`."""
+    return unpack_weight(pack_weight(W, H, cfg, widths), cfg)
+
+
+def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
+    """N + (16 + N)/g and 2 bits a group for its width; 16 + 16 instead of 16 + N where N is 2 (`pack_weight`)."""
+    bits = _mixed.group_bits(cfg.w_bits, cfg.group_size, d_out, _choices(cfg))
+    return bits + ((16 - cfg.w_bits) / cfg.group_size if cfg.w_bits == 2 else 0)
+
+
+# --- a model
+
+
+def _search_block(block: Block, hessians: dict[str, Tensor], cfg: Config) -> dict[str, list[int]]:
+    linears, searches = named_linears(block.module), {}
+    for name, linear in linears.items():
+        W, bias = linear.weight.float(), None if linear.bias is None else linear.bias.float()
+        searches[name] = Search(W, group_salience(W, hessians[name], cfg), cfg, bias)
+    block.observe(linears, lambda name, X: searches[name].see(X.float()))
+    return {name: search.widths() for name, search in searches.items()}
+
+
+@torch.no_grad()
+def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
+    """Quantize block by block, each on the outputs of the quantized blocks before it: widths first, then GPTQ."""
+    check_calib(calib)
+    _check(cfg)
+    model = copy_model(model)
+    for block in walk_blocks(model, calib):
+        hessians = block.hessians()
+        widths = _search_block(block, hessians, cfg) if cfg.allocation else {}
+        for name, linear in named_linears(block.module).items():
+            linear.weight.copy_(quantize_weight(linear.weight.float(), hessians[name], cfg, widths.get(name)))
+    return model
+
+
+# --- invariants and experiments named in papers/slim_llm.yaml
+
+_DOWN = "model.layers.1.mlp.down_proj"
+
+
+def mean_width_is_the_target(ctx) -> float:
+    """Largest distance of the mean width of a layer's groups from N, over two widths and all objectives."""
+    W, H, X = ctx.layer(_DOWN, n_tokens=512)
+    configs = [Config(bits, 32, objective=objective) for bits in (2, 3) for objective in _OBJECTIVES]
+    chosen = [choose_widths(W, H, cfg, X) for cfg in configs]
+    return max(
+        abs(sum(widths) / len(widths) - cfg.w_bits) for widths, cfg in zip(chosen, configs, strict=True)
+    )
+
+
+def uniform_is_gptq(ctx) -> float:
+    """Largest difference from group-wise GPTQ without allocation and calibration."""
+    W, H, _ = ctx.layer("model.layers.1.self_attn.o_proj")
+    plain = quantize_weight(W, H, Config(3, 32, allocation=False, calibration=False))
+    return float((plain - gptq.quantize_weight(W, H, gptq.Config(w_bits=3, group_size=32))).abs().max())
+
+
+def increments_are_exact(ctx) -> float:
+    """Relative distance of the divergences from those of matrices put together anew for every count."""
+    W, H, X = ctx.layer(_DOWN, n_tokens=256)
+    cfg = Config(2, 64)
+    search = Search(W, group_salience(W, H, cfg), cfg)
+    search.see(X)
+    explicit = []
+    for count in search.counts:
+        Q = search.mid.clone().reshape(len(W), -1, 64)
+        for groups, change in (
+            (search.order[:count], search.lowered),
+            (search.order[12 - count :], search.raised),
+        ):
+            Q[:, groups] += change.reshape(Q.shape)[:, groups]
+        explicit.append(_divergence_from(X @ W.T, "kl")(X @ Q.flatten(1).T))
+    return float((search.total / torch.tensor(explicit, dtype=torch.float64) - 1).abs().max())
+
+
+def levels_within_width(ctx) -> float:
+    """Largest number of distinct values of a row in a group over the 2^bits of that group."""
+    W, H, X = ctx.layer(_DOWN, n_tokens=512)
+    cfg = Config(2, 32, n_grid=10)
+    widths = choose_widths(W, H, cfg, X)
+    Q = _quant.grouped(quantize_weight(W, H, cfg, widths), 32)
+    return max(
+        len(Q[row, g].unique()) / 2**bits for row in range(0, len(W), 16) for g, bits in enumerate(widths)
+    )
+
+
+def allocation_by_salience(ctx) -> list[dict]:
+    """Proxy loss of a layer over that of uniform widths: a quarter of the groups raised and a quarter lowered."""
+    W, H, _ = ctx.layer(_DOWN)
+    cfg = Config(2, 32, n_grid=20)
+    salience = group_salience(W, H, cfg)
+    losses = {}
+    for name, score in (("salient", salience), ("uniform", None), ("swapped", -salience)):
+        widths = torch.full((24,), 2)
+        if score is not None:
+            order = score.argsort()
+            widths[order[:6]], widths[order[-6:]] = 1, 3
+        losses[name] = proxy_loss(W, quantize_weight(W, H, cfg, widths.tolist()), H)
+    return [{"name": name, "value": loss / losses["uniform"]} for name, loss in losses.items()]
+
+
+def gain_of_calibration(ctx) -> list[dict]:
+    """Proxy loss of a layer at uniform 2 bits over that with min-max grids."""
+    W, H, _ = ctx.layer("model.layers.1.self_attn.o_proj")
+    cfg = Config(2, 32, allocation=False)
+    loss = {on: proxy_loss(W, quantize_weight(W, H, replace(cfg, calibration=on)), H) for on in (True, False)}
+    return [{"name": "calibrated", "value": loss[True] / loss[False]}, {"name": "minmax", "value": 1.0}]
