@@ -1,0 +1,315 @@
+"""GuidedQuant: each token counts in a layer's Hessian by how the loss reacts to the layer's outputs there; LNQ rounds.
+
+Paper     Kim et al., ICML 2025, arXiv:2505.07004v4 (numbers below refer to v4)   Entry  papers/guidedquant.yaml
+Scope     weights of nn.Linear in decoder blocks; activations, embeddings and lm_head untouched
+Deviates  the codebook solves the normal equations in float64 (the code: least squares on a Cholesky factor, float32);
+          everything is float32 (the code: bfloat16 model and saliencies); k-means is Lloyd's from k-means++, at most
+          50 rounds, ended earlier where it stands still; the hosts QTIP and SpinQuant are not offered, plain GPTQ is
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from requant.reference_impls import _codebook, _quant, gptq
+from requant.reference_impls._codebook import Coded, made_definite, objective
+from requant.reference_impls._gradients import output_gradients, sequence_losses
+from requant.reference_impls._hessian import gram
+from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._walk import (
+    Block,
+    check_calib,
+    copy_model,
+    decoder_blocks,
+    named_linears,
+    walk_blocks,
+)
+
+_QUANTIZERS = ("lnq", "kmeans", "gptq")
+_KMEANS_ROUNDS = 50  # code, flash1dkmeans call
+_BATCH_TOKENS = 2048  # of one backward pass
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults: LNQ + GuidedQuant at 2 bits, the 7B and 13B rows of Table 3."""
+
+    w_bits: int = 2  # Table 3 (also 3 and 4)
+    quantizer: str = "lnq"  # Table 3; kmeans: its start, SqueezeLLM; gptq: even levels per row, by GPTQ
+    n_channel_groups: int | None = 4  # g of the 7B and 13B rows; 2 for 70B, 1 in W4A4; None = plain X^T X
+    n_iters: int = 2  # T of the 7B and 13B rows; 1 for 70B (code: 3, of which one fits the codebook only)
+    cd_cycles: int = 4  # K of all published rows
+    codebook_ridge: float = 1e-7  # code, update_C
+    grad_scale: float = 1e3  # code, gradients.py: factor of gradients before they are squared
+    damp_ratio: float = 0.01  # quantizer gptq only: fraction of mean(diag H)
+    seed: int = 0  # k-means++
+
+    def __post_init__(self) -> None:
+        if self.quantizer not in _QUANTIZERS:
+            raise QuantizationError(
+                f"quantizer is {self.quantizer!r}; choose one of {', '.join(_QUANTIZERS)}"
+            )
+
+
+# --- guidance: what the loss says about outputs and weights -----------------------------------------------------------
+
+
+@dataclass
+class Guide:
+    """saliency [n_tokens, g]: mean over each group of channels of (dl/dz)^2; fisher [d_out, d_in]: (dl/dW)^2 summed
+    over sequences. l is the mean loss of one sequence, gradients are times grad_scale."""
+
+    saliency: Tensor
+    fisher: Tensor
+
+
+def grouped_saliency(G: Tensor, n_channel_groups: int) -> Tensor:
+    """Mean of G^2 over contiguous groups of output channels: [..., d_out] -> [..., g]."""
+    if G.shape[-1] % n_channel_groups:
+        raise QuantizationError(
+            f"n_channel_groups {n_channel_groups} does not divide the {G.shape[-1]} output channels of a layer"
+        )
+    return G.square().unflatten(-1, (n_channel_groups, -1)).mean(-1)
+
+
+@torch.no_grad()
+def guides(model: nn.Module, calib: Tensor, cfg: Config) -> list[dict[str, Guide]]:
+    """Saliency and Fisher diagonal of each linear, by block and name; one backward pass a batch."""
+    model = copy_model(model)
+    found: dict[nn.Linear, Guide] = {}
+    for batch in calib.to(model.device).split(max(1, _BATCH_TOKENS // calib.shape[1])):
+        for linear, (X, G) in output_gradients(model, batch).items():
+            G = G * cfg.grad_scale
+            saliency = grouped_saliency(G, cfg.n_channel_groups or 1).flatten(0, 1)
+            fisher = (G.mT @ X).square().sum(0)
+            if linear in found:
+                saliency = torch.cat([found[linear].saliency, saliency])
+                fisher += found[linear].fisher
+            found[linear] = Guide(saliency, fisher)
+    return [
+        {name: found[linear] for name, linear in named_linears(block).items()}
+        for block in decoder_blocks(model)
+    ]
+
+
+def guided_hessian(X: Tensor, saliency: Tensor) -> Tensor:
+    """H_k = X^T diag(s_k) X for each channel group k: X [n_tokens, d_in], saliency [n_tokens, g] -> [g, d_in, d_in]."""
+    return torch.stack([gram(X * s.sqrt()[:, None]) for s in saliency.unbind(1)])
+
+
+def _hessians(block: Block, guide: dict[str, Guide], cfg: Config) -> dict[str, Tensor]:
+    """H [g, d_in, d_in] of every linear of a block, summed over tokens; plain ones have g = 1."""
+    linears = named_linears(block.module)
+    if cfg.n_channel_groups is None:
+        n_tokens = sum(batch.shape[0] * batch.shape[1] for batch in block.inputs)
+        return {name: H[None] * n_tokens for name, H in block.hessians(linears).items()}
+    sums, done = {}, dict.fromkeys(linears, 0)
+
+    def see(name: str, X: Tensor) -> None:
+        s = guide[name].saliency[done[name] : done[name] + len(X)]
+        H = guided_hessian(X.float(), s)
+        sums[name] = sums[name] + H if name in sums else H
+        done[name] += len(X)
+
+    block.observe(linears, see)
+    return sums
+
+
+# --- LNQ: layer-wise non-uniform quantization -------------------------------------------------------------------------
+
+
+def lnq(W: Tensor, H: Tensor, fisher: Tensor, cfg: Config) -> Coded:
+    """Alternate exact codebooks and descent on the codes; the objective never rises (Proposition 4.1).
+
+    Args:
+        W: [d_out, d_in] float32; left unchanged. fisher: [d_out, d_in], the weights of k-means.
+        H: [g, d_in, d_in], one for each contiguous group of output channels.
+    """
+    H = made_definite(H)  # code: 1e-5, 1e-4, ... of the mean diagonal
+    now = best = _start(W, fisher, cfg)
+    history = [objective(W, now.weight, H)]
+    least = history[0]
+    for iteration in range(cfg.n_iters + 1):
+        if iteration:
+            now = _codebook.descend_codes(W, H, now, cfg.cd_cycles)
+            history.append(objective(W, now.weight, H))
+        now = _codebook.fit_codebook(W, H, now, cfg.codebook_ridge)
+        history.append(objective(W, now.weight, H))
+        if history[-1] >= least:
+            break  # code: no gain, the best so far is kept
+        best, least = now, history[-1]
+    return replace(best, history=tuple(history))
+
+
+def _start(W: Tensor, fisher: Tensor, cfg: Config) -> Coded:
+    return _codebook.kmeans(W, fisher, cfg.w_bits, _KMEANS_ROUNDS, cfg.seed)
+
+
+# --- weights and models -----------------------------------------------------------------------------------------------
+
+
+def _code(W: Tensor, H: Tensor, cfg: Config, fisher: Tensor | None) -> Coded:
+    if fisher is None:  # its expectation where tokens are independent, averaged over the group of channels
+        fisher = H.diagonal(dim1=-2, dim2=-1).repeat_interleave(len(W) // len(H), 0)
+    return _start(W, fisher, cfg) if cfg.quantizer == "kmeans" else lnq(W, H, fisher, cfg)
+
+
+def _affine(W: Tensor, H: Tensor, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """GPTQ of each channel group on its own Hessian: codes [d_out, 1, d_in], scale and zero point [d_out, 1, 1]."""
+    host = gptq.Config(cfg.w_bits, damp_ratio=cfg.damp_ratio)
+    parts = [gptq.round_columns(w, h, host) for w, h in zip(W.unflatten(0, (len(H), -1)), H, strict=True)]
+    codes, scale, zero = (
+        torch.cat([getattr(p, n).T for p in parts]) for n in ("codes", "scale", "zero_point")
+    )
+    return codes[:, None], scale[..., None], zero[..., None]
+
+
+def quantize_weight(W: Tensor, H: Tensor, cfg: Config, fisher: Tensor | None = None) -> Tensor:
+    """Round W [d_out, d_in] for the Hessian H, dequantized: float32 [d_out, d_in].
+
+    Args:
+        H: [d_in, d_in], or [g, d_in, d_in] for g contiguous groups of output channels.
+        fisher: [d_out, d_in] weights of k-means; None: the diagonal of H.
+    """
+    H = H[None] if H.ndim == 2 else H
+    if cfg.quantizer == "gptq":
+        return _quant.dequantize(*_affine(W, H, cfg)).flatten(1)
+    return _code(W, H, cfg, fisher).dequantize()
+
+
+@torch.no_grad()
+def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
+    """Gradients of the loss once, then every linear on the inputs that the unquantized model gives it."""
+    check_calib(calib)
+    found = guides(model, calib, cfg)
+    model = copy_model(model)
+    for block, guide in zip(walk_blocks(model, calib, propagate="original"), found, strict=True):
+        hessians = _hessians(block, guide, cfg) if cfg.quantizer != "kmeans" else {}
+        for name, linear in named_linears(block.module).items():
+            W, H = linear.weight.float(), hessians.get(name, torch.empty(1, 0, 0))
+            linear.weight.copy_(quantize_weight(W, H, cfg, guide[name].fisher))
+    return model
+
+
+def pack_weight(W: Tensor, H: Tensor, cfg: Config) -> dict[str, Tensor]:
+    """The tensors stored for one layer: packed codes and a float16 codebook per output channel (gptq: a scale)."""
+    H = H[None] if H.ndim == 2 else H
+    if cfg.quantizer == "gptq":
+        return _quant.pack_affine(*_affine(W, H, cfg), cfg.w_bits, symmetric=False)
+    return _code(W, H, cfg, None).pack(cfg.w_bits)
+
+
+def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
+    """Inverse of `pack_weight`: float32 [d_out, d_in]."""
+    if cfg.quantizer == "gptq":
+        return _quant.unpack_affine(packed, cfg.w_bits, symmetric=False)
+    return _codebook.unpack(packed, cfg.w_bits)
+
+
+def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
+    """b + 16 * 2^b / d_in, the codebook of each output channel; with gptq b + (16 + b) / d_in."""
+    if cfg.quantizer == "gptq":
+        return _quant.affine_bits(cfg.w_bits, None, d_in, symmetric=False)
+    return cfg.w_bits + 16 * 2**cfg.w_bits / d_in
+
+
+# --- invariants and findings named in papers/guidedquant.yaml ---------------------------------------------------------
+
+_LAYER = "model.layers.1.self_attn.o_proj"
+
+
+def _observed(ctx, tokens: Tensor, names: list[str]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """W, X [n_tokens, d_in] and scaled gradients G [n_tokens, d_out] of layers of the reference model."""
+    model = copy_model(ctx.reference())
+    seen, scale = output_gradients(model, tokens), Config().grad_scale
+    found = [(model.get_submodule(name), *seen[model.get_submodule(name)]) for name in names]
+    return [(linear.weight, X.flatten(0, 1), G.flatten(0, 1) * scale) for linear, X, G in found]
+
+
+def lnq_never_rises(ctx) -> float:
+    """Largest relative rise of the objective from one half-step of LNQ to the next (Proposition 4.1)."""
+    [(W, X, G)] = _observed(ctx, ctx.calib(8), [_LAYER])
+    H = guided_hessian(X, grouped_saliency(G, 4))
+    coded = lnq(W, H, (G.T @ X).square(), Config(n_iters=3))
+    return max(after / before - 1 for before, after in pairwise(coded.history))
+
+
+def codebook_is_least_squares(ctx) -> float:
+    """Largest difference of codebook values from least squares on a Cholesky factor of H, per unit of max|w|."""
+    W, H, _ = ctx.layer(_LAYER)
+    W, H = W[:32], made_definite(H[None] * 4096)
+    coded = _start(W, torch.ones_like(W), Config())
+    L = torch.linalg.cholesky(H[0].double())
+    A = L.T @ functional.one_hot(coded.codes, 4).double()  # [rows, d_in, 4]
+    expected = torch.linalg.lstsq(A, (W.double() @ L)[..., None]).solution[..., 0]
+    return float((_codebook.fit_codebook(W, H, coded, 0.0).codebook - expected).abs().max() / W.abs().max())
+
+
+def unit_gradients_give_the_gram(ctx) -> float:
+    """Largest entry of H_k - X^T X when all gradients are one, as a share of the largest of X^T X."""
+    _, _, X = ctx.layer(_LAYER)
+    plain = X.T @ X
+    H = guided_hessian(X, grouped_saliency(torch.ones(len(X), 256), 4))
+    return float((H - plain).abs().max() / plain.abs().max())
+
+
+def one_group_a_channel_is_first_order(ctx) -> float:
+    """Relative difference of the objective with g = d_out from the sum of (g_j X (w_j - q_j))^2."""
+    [(W, X, G)] = _observed(ctx, ctx.calib(4), [_LAYER])
+    W, G = W[:16], G[:, :16]
+    Q = _quant.fake_quant(W, 3)
+    exact = float((G * (X @ (Q - W).T)).double().square().sum())
+    return abs(objective(W, Q, guided_hessian(X, grouped_saliency(G, 16))) / exact - 1)
+
+
+def gradients_predict_the_loss(ctx) -> float:
+    """Relative error of sum g dz as the change of the loss, for a step of 1e-3 of |W| down the gradient."""
+    tokens = ctx.calib(4)
+    [(W, X, G)] = _observed(ctx, tokens, [_LAYER])
+    G, model = G / Config().grad_scale, ctx.reference()
+    step = G.T @ X
+    step *= -1e-3 * W.norm() / step.norm()
+    predicted = float((G * (X @ step.T)).double().sum())
+    with torch.no_grad():
+        before = sequence_losses(model(tokens).logits, tokens).double().sum()
+        model.get_submodule(_LAYER).weight += step
+        after = sequence_losses(model(tokens).logits, tokens).double().sum()
+    return abs(float(after - before) / predicted - 1)
+
+
+def layer_objectives(ctx) -> list[dict]:
+    """tr(E H E^T) at 2 bits, of round-to-nearest, of k-means and of LNQ on the plain H, as shares of the first."""
+    W, H, _ = ctx.layer(_LAYER)
+    H = H[None] * 4096
+    rounded = {"rtn": _quant.fake_quant(W, 2)}
+    rounded |= {name: quantize_weight(W, H, Config(quantizer=name)) for name in ("kmeans", "lnq")}
+    return [
+        {"name": k, "value": objective(W, Q, H) / objective(W, rounded["rtn"], H)} for k, Q in rounded.items()
+    ]
+
+
+def first_order_errors(ctx) -> list[dict]:
+    """Sum of (g_j X (w_j - q_j))^2 by the Hessian minimised, as a share of that of the plain one; two layers.
+
+    LNQ at 2 bits with one and four groups, GPTQ at 3 bits (gptq); on the calibration tokens, and on test text (_test).
+    """
+    names = [_LAYER, "model.layers.2.self_attn.q_proj"]
+    seen, unseen = (_observed(ctx, tokens, names) for tokens in (ctx.calib(16), ctx.test_windows(16)))
+    lnq_, gptq_ = Config(n_iters=1), Config(3, "gptq")
+    pairs = {"one_group": (1, lnq_), "four_groups": (4, lnq_), "gptq": (4, gptq_)}
+    totals: dict[str, float] = {}
+    for (W, X, G), (_, X_test, G_test) in zip(seen, unseen, strict=True):
+        H = {g: guided_hessian(X, grouped_saliency(G, g)) for g in (1, 4)} | {0: gram(X)[None]}
+        for name, (groups, cfg) in ({"lnq": (0, lnq_), "gptq_plain": (0, gptq_)} | pairs).items():
+            E = quantize_weight(W, H[groups], cfg, (G.T @ X).square()) - W
+            for row, x, g in ((name, X, G), (f"{name}_test", X_test, G_test)):
+                totals[row] = totals.get(row, 0.0) + float((g * (x @ E.T)).double().square().sum())
+    rows = {"plain": 1.0}
+    for name, end in product(pairs, ("", "_test")):
+        rows[name + end] = totals[name + end] / totals[("gptq_plain" if name == "gptq" else "lnq") + end]
+    return [{"name": name, "value": value} for name, value in rows.items()]

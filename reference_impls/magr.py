@@ -1,0 +1,297 @@
+"""MagR: shrink the largest weight of each output channel as far as the layer's outputs allow, then round.
+
+Paper     Zhang et al., NeurIPS 2024, arXiv:2406.00800v2 (numbers below refer to v2)   Entry  papers/magr.yaml
+Scope     weights of nn.Linear in decoder blocks; activations, embeddings and lm_head untouched
+Deviates  the prox finds its threshold by Newton's method instead of sorting (same point); MagR sees all calibration
+          tokens, as the paper says (the code: the last sequence); coordinate descent at 2 bits per channel only, as
+          the paper says (the code: at least one sweep everywhere); sweeps on groups keep GPTQ's grids (the code:
+          new ones from rounded weights at every sweep); beta holds for round-to-nearest too, which the texts seen
+          leave open; zero points stay within their b bits; QuIP as a host is not offered
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from requant.reference_impls import _quant, gptq
+from requant.reference_impls._hessian import coordinate_sweep, damped, proxy_loss
+from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._walk import check_calib
+from requant.reference_impls._weights import quantize_blockwise
+
+ERROR_FLOOR = 0.05  # the preprocessed weight is what is rounded, at any width
+_QUANTIZERS = ("optq", "rtn", "none")
+_NEWTON_STEPS = 50  # far more than it takes; the loop ends when no threshold moves
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults: MagR + OPTQ with coordinate descent, 2 bits per channel, Table 3."""
+
+    w_bits: int = 2  # Table 3 (also 3 and 4)
+    group_size: int | None = None  # inputs per scale; None = whole row; 128 in Table 3
+    symmetric: bool = False  # code, --sym off
+    quantizer: str = "optq"  # Table 3: optq (GPTQ) or rtn; none = preprocessing alone, Table 1
+    alpha: float = 1e-3  # Table 7, per channel; goes with H divided by its largest eigenvalue
+    alpha_grouped: float = 1e-4  # code, MagR.py: in groups
+    n_iters: int = 150  # K, the same in all experiments (code: 200)
+    beta: float | None = None  # share of the range; None = `kept_range` (Table 8; code, llama.py)
+    cd_sweeps: int | None = None  # after OPTQ; None = 30 at 2 bits per channel (Table 3, dagger), else 0
+    cd_damp_ratio: float = 0.75  # code, optq.py: fraction of mean(diag H)
+    damp_ratio: float = 0.01  # code, --percdamp
+    block_size: int = 128  # code: columns per lazy batch of OPTQ
+
+    def __post_init__(self) -> None:
+        if self.quantizer not in _QUANTIZERS:
+            raise QuantizationError(
+                f"quantizer is {self.quantizer!r}; choose one of {', '.join(_QUANTIZERS)}"
+            )
+
+    @property
+    def kept_range(self) -> float:
+        """beta, or the paper's choice: 0.8, 0.9, 1 at 2, 3, 4 bits per channel, 0.95 in groups of 128, 1 in others."""
+        if self.beta is not None:
+            return self.beta
+        if self.group_size is not None:
+            return {128: 0.95}.get(self.group_size, 1.0)
+        return {2: 0.8, 3: 0.9}.get(self.w_bits, 1.0)
+
+    @property
+    def sweeps(self) -> int:
+        """cd_sweeps, or the paper's choice for this width and group size."""
+        if self.cd_sweeps is not None:
+            return self.cd_sweeps
+        return 30 if self.w_bits == 2 and self.group_size is None else 0
+
+
+# --- magnitude reduction ----------------------------------------------------------------------------------------------
+
+
+def clip_threshold(v: Tensor, t: float, start: Tensor | None = None) -> Tensor:
+    """The c with sum(max(|v| - c, 0)) = t of each last-dimension slice, 0 where sum|v| <= t: [..., 1].
+
+    The sum is convex and piecewise linear in c: Newton's steps are exact after finitely many.
+
+    Args:
+        start: thresholds of a similar v, to begin at.
+    """
+    size = v.abs()
+    c = torch.zeros_like(size[..., :1]) if start is None else start.minimum(size.amax(-1, keepdim=True))
+    for _ in range(_NEWTON_STEPS):
+        above = (size >= c).to(v.dtype)
+        new = (torch.linalg.vecdot(size, above)[..., None] - t) / above.sum(-1, keepdim=True)
+        new = new.clamp(min=0)
+        if torch.allclose(new, c, rtol=1e-6, atol=0):
+            return new
+        c = new
+    return c
+
+
+def prox(v: Tensor, t: float, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """argmin_w 1/2 |w - v|^2 + t max|w| of each slice: v clipped at `clip_threshold`, which is returned too.
+
+    Equal to v - t * P(v / t), P the projection on the unit L1 ball (Algorithm 2).
+    """
+    c = clip_threshold(v, t, start)
+    return v.clamp(-c, c), c
+
+
+def iterates(W: Tensor, H: Tensor, cfg: Config) -> Iterator[Tensor]:
+    """The weights after 1, 2, ... iterations of Algorithm 1: [d_out, d_in].
+
+    Args:
+        W: [d_out, d_in] float32, rows are output channels; left unchanged.
+        H: [d_in, d_in] proportional to X^T X; divided by its largest eigenvalue here, so that the step is 1.
+    """
+    H = H / torch.linalg.eigvalsh(H)[-1]
+    keep, pull = torch.eye(len(H)) - H, W @ H
+    alpha = cfg.alpha if cfg.group_size is None else cfg.alpha_grouped
+    reduced, c = W, None
+    for _ in range(cfg.n_iters):
+        v = torch.addmm(pull, reduced, keep)  # reduced - (reduced - W) H
+        clipped, c = prox(_quant.grouped(v, cfg.group_size), alpha, c)
+        reduced = clipped.flatten(1)
+        yield reduced
+
+
+def reduce_magnitude(W: Tensor, H: Tensor, cfg: Config) -> Tensor:
+    """Algorithm 1: weights [d_out, d_in] with small largest entries and nearly the same outputs X W^T."""
+    reduced = W
+    for reduced in iterates(W, H, cfg):  # noqa: B007 the last one counts
+        pass
+    return reduced
+
+
+# --- rounding ---------------------------------------------------------------------------------------------------------
+
+
+def choose_qparams(x: Tensor, bits: int, symmetric: bool, beta: float) -> tuple[Tensor, Tensor]:
+    """The min-max grid with its step times beta: anchored at the minimum, so the upper end is clipped (Table 8)."""
+    scale, zero_point = _quant.choose_qparams(x, bits, symmetric)
+    if beta == 1:
+        return scale, zero_point
+    scale = _quant.stored_scale(beta * scale, bits)
+    if not symmetric:
+        zero_point = (-x.amin(-1, keepdim=True).clamp(max=0) / scale).round().clamp(0, 2**bits - 1)
+    return scale, zero_point
+
+
+def _round(W: Tensor, H: Tensor, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [d_out, n_groups, group], scale and zero point [d_out, n_groups, 1] of MagR and its host."""
+    if cfg.quantizer == "none":
+        raise QuantizationError("with quantizer 'none' nothing is rounded; choose optq or rtn")
+    groups = _quant.grouped(W, cfg.group_size)
+    reduced = reduce_magnitude(W, H, cfg)
+    choose = partial(choose_qparams, beta=cfg.kept_range)
+    if cfg.quantizer == "rtn":
+        reduced = _quant.grouped(reduced, cfg.group_size)
+        scale, zero_point = choose(reduced, cfg.w_bits, cfg.symmetric)
+        return _quant.quantize(reduced, scale, zero_point, cfg.w_bits), scale, zero_point
+    host = gptq.Config(
+        cfg.w_bits, cfg.group_size, cfg.symmetric, damp_ratio=cfg.damp_ratio, block_size=cfg.block_size
+    )
+    rounded = gptq.round_columns(reduced, H, host, choose)
+    scale, zero_point = rounded.scale.T[..., None], rounded.zero_point.T[..., None]  # [d_out, n_groups, 1]
+    codes, size = rounded.codes, groups.shape[-1]
+
+    def nearest(j: int, best: Tensor) -> Tensor:
+        grid = rounded.scale[j // size], rounded.zero_point[j // size]
+        codes[j] = _quant.quantize(best, *grid, cfg.w_bits)
+        return _quant.dequantize(codes[j], *grid)
+
+    Q, H = rounded.dequantize(), damped(H, cfg.cd_damp_ratio)
+    for _ in range(cfg.sweeps):  # towards the weights as they were before MagR (code, optq.py)
+        Q = coordinate_sweep(Q, W, H, nearest)
+    return codes.T.reshape(groups.shape), scale, zero_point
+
+
+def quantize_weight(W: Tensor, H: Tensor, cfg: Config) -> Tensor:
+    """MagR, then the host quantizer, dequantized: float32 [d_out, d_in].
+
+    Raises: QuantizationError if group_size does not divide d_in, or H + damping is not positive definite.
+    """
+    if cfg.quantizer == "none":
+        return reduce_magnitude(W, H, cfg)
+    return _quant.dequantize(*_round(W, H, cfg)).flatten(1)
+
+
+def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
+    """Block by block, each on the outputs of the quantized blocks before it."""
+    check_calib(calib)
+    return quantize_blockwise(model, calib, lambda W, H: quantize_weight(W, H, cfg))
+
+
+def pack_weight(W: Tensor, H: Tensor, cfg: Config) -> dict[str, Tensor]:
+    """The tensors stored for one layer: packed codes, float16 scales, packed zero points."""
+    return _quant.pack_affine(*_round(W, H, cfg), cfg.w_bits, cfg.symmetric)
+
+
+def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
+    """Inverse of `pack_weight`: float32 [d_out, d_in]."""
+    return _quant.unpack_affine(packed, cfg.w_bits, cfg.symmetric)
+
+
+def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
+    """b + (16 + b)/g; 16 with quantizer none. MagR itself stores nothing."""
+    if cfg.quantizer == "none":
+        return 16.0
+    return _quant.affine_bits(cfg.w_bits, cfg.group_size, d_in, cfg.symmetric)
+
+
+# --- invariants and findings named in papers/magr.yaml ----------------------------------------------------------------
+
+_LAYERS = [f"model.layers.1.{name}" for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")]
+
+
+def prox_matches_sorting(ctx) -> float:
+    """Largest difference of `prox` from v - t P(v / t) with P by sorting (Algorithms 2 and 3), per unit of max|v|."""
+    W, _, _ = ctx.layer(_LAYERS[0])
+    worst = 0.0
+    for t in (1e-4, 1e-2, 1.0, 100.0):
+        z = W.double() / t
+        u = z.abs().sort(-1, descending=True).values
+        excess = u.cumsum(-1) - 1
+        count = torch.arange(1, W.shape[1] + 1)
+        rho = (u > excess / count).sum(-1, keepdim=True)
+        theta = (excess.gather(-1, rho - 1) / rho).clamp(min=0)  # 0 inside the ball
+        by_sorting = W - t * z.sign() * (z.abs() - theta).clamp(min=0)
+        worst = max(worst, float((prox(W, t)[0] - by_sorting).abs().max() / W.abs().max()))
+    return worst
+
+
+def objective_never_rises(ctx) -> float:
+    """Largest relative rise, over all iterations, of 1/2 |X(w - w0)|^2 + alpha max|w| summed over channels."""
+    W, H, _ = ctx.layer(_LAYERS[2])
+    cfg, normal, last, worst = Config(n_iters=40), H / torch.linalg.eigvalsh(H)[-1], None, -1.0
+    for reduced in [W, *iterates(W, H, cfg)]:
+        now = proxy_loss(W, reduced, normal) / 2 + cfg.alpha * float(reduced.abs().amax(1).double().sum())
+        worst = worst if last is None else max(worst, now / last - 1)
+        last = now
+    return worst
+
+
+def output_change_within_bound(ctx) -> float:
+    """Largest ratio of |X(w* - w0)| to its bound sqrt(2 alpha max|w0|), over channels, sigma_max(X) = 1."""
+    worst = 0.0
+    for name in _LAYERS:
+        W, H, _ = ctx.layer(name)
+        cfg = Config(n_iters=40)
+        E = (reduce_magnitude(W, H, cfg) - W).double()
+        change = ((E @ (H / torch.linalg.eigvalsh(H)[-1]).double()) * E).sum(1)
+        worst = max(worst, float((change / (2 * cfg.alpha * W.abs().amax(1))).max().sqrt()))
+    return worst
+
+
+def sweeps_never_raise(ctx) -> float:
+    """Largest relative rise of the damped objective over five sweeps of coordinate descent after OPTQ, at 2 bits."""
+    W, H, _ = ctx.layer(_LAYERS[1])
+    cfg = Config(n_iters=20)
+    losses = [
+        proxy_loss(W, quantize_weight(W, H, replace(cfg, cd_sweeps=n)), damped(H, cfg.cd_damp_ratio))
+        for n in range(6)
+    ]
+    return max(after / before - 1 for before, after in pairwise(losses))
+
+
+def cost_without_rounding(ctx) -> float:
+    """Nats that preprocessing alone adds to the loss of the reference model (Table 1)."""
+    runs = (("magr", {"quantizer": "none", "n_iters": 30}), ("none", {}))
+    reduced, plain = (ctx.run(impl, config, calib=(16, 256)).nll for impl, config in runs)
+    return reduced - plain
+
+
+def peaks(ctx) -> list[dict]:
+    """Mean over channels of max|w| after MagR, as a share of that before; the worst of three layers."""
+    ratios = []
+    for name in _LAYERS:
+        W, H, _ = ctx.layer(name)
+        ratios.append(float(reduce_magnitude(W, H, Config()).abs().amax(1).mean() / W.abs().amax(1).mean()))
+    rows = {"after": max(ratios), "half": 0.5, "before": 1.0}
+    return [{"name": name, "value": value} for name, value in rows.items()]
+
+
+def layer_errors(ctx) -> list[dict]:
+    """tr(E H E^T) of E = Q - W, summed over two layers, as a share of that without the step in question.
+
+    At 3 bits MagR before either quantizer, on full min-max ranges; at 2 bits ten sweeps of descent after OPTQ.
+    """
+    pairs = {
+        "magr_rtn": (Config(3, quantizer="rtn", beta=1.0), {"n_iters": 0}),
+        "magr_optq": (Config(3, beta=1.0), {"n_iters": 0}),
+        "descent_w2": (Config(2, cd_sweeps=10), {"cd_sweeps": 0}),
+    }
+    layers = [ctx.layer(name) for name in _LAYERS[:2]]
+
+    def error(cfg: Config) -> float:
+        return sum(
+            proxy_loss(W, quantize_weight(W, H, cfg), H) / proxy_loss(W, 0 * W, H) for W, H, _ in layers
+        )
+
+    rows = {row: error(cfg) / error(replace(cfg, **without)) for row, (cfg, without) in pairs.items()}
+    return [{"name": name, "value": value} for name, value in (rows | {"without": 1.0}).items()]
