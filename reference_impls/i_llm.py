@@ -1,0 +1,428 @@
+"""I-LLM: smoothing between all operators of a block, learned, and then every operator of the block on integers.
+
+Paper     Hu et al., 2024, arXiv:2405.17849v2 (numbers below refer to v2)   Entry  papers/i_llm.yaml
+Scope     decoder blocks of Llama, Mistral and Qwen2, all operators; embeddings, final norm and lm_head stay float
+Deviates  FSBR follows the official code, but q/k factors are tied over rotary pairs, so that they cancel; ranges of
+          activations include 0, and weights end on dyadic grids. The code has no integer operator: those here are
+          reconstructed from implementations by others of Algorithms 1-4 and Eqs. 2-8. DI-Exp gets guard bits (0 = as
+          printed), and M of DI-SwiGLU is at least 0. The residual stream has 16-bit codes a token, from which DI-Norm
+          reads (the paper: 8 bits a channel); the input of rotary embedding stays wide, its tables have 14 bits;
+          values are brought to one scale a head before they are summed; eps and biases are kept. Embeddings, final
+          norm and head are float, and no KV cache is kept between calls. OPT is not offered
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from requant.reference_impls import _dyadic, _learn, _quant
+from requant.reference_impls._activation import QuantInput, transform_attention
+from requant.reference_impls._anatomy import anatomy, block_anatomies
+from requant.reference_impls._dyadic import Dyadic, constant
+from requant.reference_impls._equivalence import Folded, query_key, sites
+from requant.reference_impls._integer_block import (
+    DIMatMul,
+    IntegerBlock,
+    di_clipped_softmax,
+    di_exp,
+    rotary_tables,
+)
+from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._rotation import heads
+from requant.reference_impls._walk import (
+    Block,
+    UnsupportedModelError,
+    check_calib,
+    copy_model,
+    decoder_blocks,
+    replace_module,
+    walk_blocks,
+)
+from requant.reference_impls.smoothquant import channel_peaks
+
+_BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
+ROLES = ("q", "k", "v", "o", "gate", "up", "down")
+_SMALLEST = 0.01  # code: factors are pushed away from 0 to this
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults: W4A4 with integer operators (abstract)."""
+
+    w_bits: int = 4  # abstract
+    a_bits: int = 4  # abstract: inputs of linears and queries, per token
+    kv_bits: int = 4  # code: keys and values, per token and head, as activations
+    nonlinear_bits: int = 8  # Algorithms 2, 3: p_out, and the inputs of SwiGLU and softmax
+    residual_bits: int = 16  # code: n_bits 16 of additions and norm inputs
+    softmax_clip: int | None = 15  # Eq. 10, c; None = the whole range of a row
+    guard_bits: int = 16  # ours: left shift of what DI-Exp gets; 0 = Algorithm 1 as printed
+    about_zero: bool = False  # Eqs. 2-8 round about the minimum; True, ours: about 0, as fake quantizers do
+    smoothing: str = "full"  # FSBR; "partial": norms and values, as OmniQuant; "none"
+    alpha: float = 0.5  # code, initial factors max|X|^alpha / max|W|^(1 - alpha)
+    n_epochs: int = 20  # code, --epochs; 0 = initial factors
+    batch_size: int = 1  # code, --batch_size
+    let_lr: float = 5e-3  # code, --let_lr
+    lwc_lr: float = 1e-2  # code, --lwc_lr
+    integer: bool = True  # False: fake quantization, all that the code can evaluate
+    seed: int = 0  # order of the samples (code: 2)
+
+    def __post_init__(self) -> None:
+        if self.smoothing not in ("full", "partial", "none"):
+            raise QuantizationError(f"smoothing is {self.smoothing!r}; choose full, partial or none")
+        if not (2 <= self.w_bits <= 8 and 2 <= self.a_bits <= 8 and 2 <= self.kv_bits <= 8):
+            raise QuantizationError("w_bits, a_bits and kv_bits must be from 2 to 8")
+
+
+TINY = {"n_epochs": 1, "batch_size": 8}
+ERROR_FLOOR = 5e-3  # weight clipping starts at 0.982 of the range
+
+
+# --- FSBR: smoothing and clipping, learned ---------------------------------------------------------------------------
+
+
+class SmoothedSiLU(nn.Module):
+    """x1 sigmoid(x1 / a): SiLU of a gate whose rows were multiplied by a; the result is a times as large (code)."""
+
+    def __init__(self, size: int, transform: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.a, self.transform = nn.Parameter(torch.ones(size), requires_grad=False), transform
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.transform(x)
+        return x * (x / self.a).sigmoid()
+
+
+class Smoothing(nn.Module):
+    """The learned factors and clipping strengths of one block, and what the block becomes with them.
+
+    The block gets a SmoothedSiLU, and with `quantizers` those of the code at every place it has them.
+    """
+
+    def __init__(
+        self, block: Block, config, peaks: Mapping[nn.Linear, Tensor], cfg: Config, quantizers: bool = True
+    ):
+        super().__init__()
+        self.cfg, self.parts = cfg, anatomy(block.module)
+        self.block = (block,)  # a tuple, so that its parameters are not taken for learned ones
+        self.linears = {name: getattr(self.parts, name) for name in ROLES}
+        self.sites = {site.name: site for site in sites(self.parts, config)}
+        self.query_key = query_key(self.parts, config, block.kwargs)
+        factors = {"qk": torch.ones(self.parts.k.out_features), "act": torch.ones(self.parts.up.out_features)}
+        for name, site in self.sites.items():
+            reader = site.linears[-1 if name == "mlp_norm" else 0]  # code: q, up, o, down
+            peak, weight = peaks[reader].clamp(min=1e-5), reader.weight.float().abs().amax(0).clamp(min=1e-5)
+            s = (peak**cfg.alpha / weight ** (1 - cfg.alpha)).clamp(min=1e-5)
+            factors[name] = s.view(-1, site.repeat, site.head_dim)[:, 0].flatten() if site.repeat > 1 else s
+        partial_sites = {"attn_norm", "mlp_norm", "value"}
+        used = {"full": set(factors), "partial": partial_sites, "none": set()}[cfg.smoothing]
+        self.factors = nn.ParameterDict()
+        for name, s in factors.items():
+            s = s if name in used else torch.ones_like(s)
+            self.factors[name] = nn.Parameter(s.clone(), requires_grad=name in used)
+        self.strengths = nn.ModuleDict(
+            {name: _learn.ClippingStrengths(linear.weight) for name, linear in self.linears.items()}
+        )
+        self.push_away()
+        self._wrap(quantizers)
+
+    def _wrap(self, quantizers: bool) -> None:
+        cfg, root, attn = self.cfg, self.block[0].module, self.parts.attn
+        inner = partial(_learn.token_ste, bits=cfg.nonlinear_bits) if quantizers else nn.Identity()
+        self.act_fn = (SmoothedSiLU(self.parts.down.in_features, inner),)
+        self.parts.mlp.act_fn = self.act_fn[0]
+        if not quantizers:
+            return
+        names = {id(module): name for name, module in root.named_modules()}
+        for role, linear in self.linears.items():
+            before = partial(_learn.token_ste, bits=cfg.a_bits)
+            replace_module(
+                root, names[id(linear)], QuantInput(linear, before, inner if role == "up" else None)
+            )
+        widths = (cfg.a_bits, cfg.kv_bits, cfg.kv_bits)
+        attn.requant_transform = lambda *qkv: tuple(
+            _learn.token_ste(x, bits) for x, bits in zip(qkv, widths, strict=True)
+        )
+
+    @torch.no_grad()
+    def push_away(self) -> None:
+        """Keep every factor at least 0.01 from 0 (code)."""
+        for s in self.factors.values():
+            _learn.floored(s, _SMALLEST)
+
+    def smoothed(self) -> Folded:
+        """The block's parameters with all factors folded in, which leave its function unchanged; differentiable."""
+        now, f = Folded(self.block[0].module), self.factors
+        for name, site in self.sites.items():
+            site.fold_into(now, f[name])
+        self.query_key.fold_into(now, self.query_key.tie(f["qk"]))
+        every = torch.arange(self.parts.up.out_features)
+        now.scale_rows(self.parts.gate, every, 1 / f["act"])
+        now.scale_rows(self.parts.up, every, f["act"])
+        now[self.act_fn[0].a] = f["act"]
+        return now
+
+    def rounded(self) -> Mapping[str, Tensor]:
+        """The same with weights fake-quantized at the present clipping; what `Block.forward` takes."""
+        now = self.smoothed()
+        for role, linear in self.linears.items():
+            W = now[linear.weight]
+            now[linear.weight] = _learn.affine_ste(
+                W, *self.strengths[role].grid(W, self.cfg.w_bits), self.cfg.w_bits
+            )
+        return now.tensors
+
+    def train_block(self, generator: torch.Generator) -> None:
+        """AdamW on the block's output error; ends with the epoch of the lowest mean loss (code)."""
+        block, cfg = self.block[0], self.cfg
+        X, Y = torch.cat(block.inputs), torch.cat(block.targets)
+        factors = [s for s in self.factors.values() if s.requires_grad]
+        groups = [{"params": list(self.strengths.parameters()), "lr": cfg.lwc_lr}]
+        groups += [{"params": factors, "lr": cfg.let_lr}] if factors else []
+        optimizer, best, state = torch.optim.AdamW(groups, weight_decay=0.0), float("inf"), None
+
+        def loss(chosen: Tensor) -> Tensor:
+            return (block.forward(X[chosen], self.rounded()) - Y[chosen]).square().mean()
+
+        for _ in range(cfg.n_epochs):
+            batches = torch.randperm(len(X), generator=generator).split(cfg.batch_size)
+            losses = _learn.descend(loss, optimizer, batches, project=self.push_away)
+            mean = sum(losses) / len(losses)
+            if mean < best:
+                best, state = mean, {key: value.clone() for key, value in self.state_dict().items()}
+        if state is not None:
+            self.load_state_dict(state)
+
+    @torch.no_grad()
+    def settle(self, config) -> IntegerBlock:
+        """Write the final parameters into the block, weights on their dyadic grids; returns the block on integers."""
+        now, linears, parts, block = self.smoothed(), {}, self.parts, self.block[0].module
+        for role, linear in self.linears.items():
+            codes = weight_codes(now[linear.weight], self.cfg, self.strengths[role])
+            linears[role] = DIMatMul(codes, None if linear.bias is None else now[linear.bias])
+            now[linear.weight] = _dequantize(*codes)
+        gains = now[parts.attn_norm.weight], now[parts.mlp_norm.weight]
+        eps, scaling = float(config.rms_norm_eps), float(parts.attn.scaling)  # 1 / sqrt(head_dim)
+        made = IntegerBlock(linears, gains, eps, self.factors["act"], scaling, heads(parts, config), self.cfg)
+        made.attention_type = getattr(block, "attention_type", None)  # some models choose the mask by it
+        now.write()
+        return made
+
+
+def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
+    """Smooth and clip block by block (FSBR), then put integer blocks in the place of all decoder blocks.
+
+    Args:
+        calib: int64 [n_samples, seqlen].
+    Raises: UnsupportedModelError for blocks other than Llama's, Mistral's and Qwen2's; QuantizationError without calib.
+    """
+    check_calib(calib)
+    kind = type(decoder_blocks(model)[0]).__name__
+    if kind not in _BLOCKS or getattr(model.config, "hidden_act", None) != "silu":
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: integer operators are written for {', '.join(_BLOCKS)} with SiLU, not for {kind}"
+        )
+    model, generator = copy_model(model), torch.Generator().manual_seed(cfg.seed)
+    peaks = channel_peaks(model, calib)
+    for parts in block_anatomies(model):
+        transform_attention(model, parts.attn, lambda q, k, v: (q, k, v))
+    made = []
+    for block in walk_blocks(model, calib, propagate="both"):
+        fsbr = Smoothing(block, model.config, peaks, cfg)
+        fsbr.train_block(generator)
+        made.append(fsbr.settle(model.config))
+    for index, block in enumerate(made if cfg.integer else ()):
+        decoder_blocks(model)[index] = block
+    return model
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def weight_codes(W: Tensor, cfg: Config, strengths: nn.Module | None = None) -> tuple[Tensor, ...]:
+    """Codes int64 [d_out, d_in], zero point, m and k [d_out, 1]; without strengths clipping is where it starts."""
+    scale, zero_point = (strengths or _learn.ClippingStrengths(W)).grid(W, cfg.w_bits)
+    m, k = constant(scale)
+    step = torch.ldexp(m.float(), -k.float())
+    return ((W / step).round() + zero_point).clamp(0, 2**cfg.w_bits - 1).long(), zero_point.long(), m, k
+
+
+def _dequantize(codes: Tensor, zero_point: Tensor, m: Tensor, k: Tensor) -> Tensor:
+    return (codes - zero_point).float() * torch.ldexp(m.float(), -k.float())
+
+
+def quantize_weight(W: Tensor, H: Tensor | None, cfg: Config) -> Tensor:
+    """Round W [d_out, d_in] as before any training; smoothing is outside of it. H is ignored."""
+    return _dequantize(*weight_codes(W, cfg))
+
+
+def pack_weight(W: Tensor, H: Tensor | None, cfg: Config) -> dict[str, Tensor]:
+    """The tensors stored for one layer: packed codes, and zero point, m and k of each row in a byte each."""
+    codes, zero_point, m, k = weight_codes(W, cfg)
+    shape = torch.tensor(codes.shape, dtype=torch.int32)
+    small = {"zero_point": zero_point.to(torch.uint8), "m": m.to(torch.uint8), "k": k.to(torch.int8)}
+    return {"shape": shape, "codes": _quant.pack_bits(codes, cfg.w_bits)} | small
+
+
+def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
+    """Inverse of `pack_weight`: float32 [d_out, d_in]."""
+    codes = _quant.unpack_bits(packed["codes"], cfg.w_bits, tuple(packed["shape"].tolist()))
+    return _dequantize(codes, *(packed[name].long() for name in ("zero_point", "m", "k")))
+
+
+def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
+    """b + 24/d_in: codes, and three bytes a row."""
+    return cfg.w_bits + 24 / d_in
+
+
+# --- invariants and findings named in papers/i_llm.yaml ---------------------------------------------------------------
+
+
+@torch.no_grad()
+def _any_factors(ctx, model: nn.Module) -> Iterator[Smoothing]:
+    """Block by block, FSBR with its initial factors times random ones between 1/2 and 2, at every kind of site."""
+    tokens, generator = ctx.calib(2), torch.Generator().manual_seed(ctx.seed)
+    peaks = channel_peaks(model, tokens)
+    for block in walk_blocks(model, tokens):
+        fsbr = Smoothing(block, model.config, peaks, Config(), quantizers=False)
+        for s in fsbr.factors.values():
+            s *= 2 ** (2 * torch.rand(s.shape, generator=generator) - 1)
+        yield fsbr
+
+
+@torch.no_grad()
+def smoothing_keeps_the_function(ctx) -> float:
+    """Largest change of a logit by all six kinds of factors, without rounding, as a share of the largest logit."""
+    model, tokens = ctx.reference("reference-outlier"), ctx.test_windows(2)
+    plain = model(tokens).logits
+    for fsbr in _any_factors(ctx, model):
+        fsbr.smoothed().write()
+    return float((model(tokens).logits - plain).abs().max() / plain.abs().max())
+
+
+def _integer_input(ctx, name: str, bits: int) -> tuple[Tensor, Dyadic]:
+    W, _, X = ctx.layer(f"model.layers.1.{name}", n_tokens=256)
+    return W, _dyadic.from_float(X[None], bits)
+
+
+def integer_product_is_exact(ctx) -> float:
+    """Largest relative difference between DI-MatMul before requantization and float64, at 4 and 8 bits."""
+    worst = 0.0
+    for bits in (4, 8):
+        for name in ("self_attn.q_proj", "mlp.down_proj"):
+            W, x = _integer_input(ctx, name, bits)
+            weight = weight_codes(W, Config(w_bits=bits, a_bits=bits))
+            y, m, k = DIMatMul(weight, None)(x)
+            expected = x.to_float(torch.float64) @ _dequantize(*weight).double().T
+            found = y.double() * torch.ldexp(m.double(), -k.double())
+            worst = max(worst, float((found - expected).abs().max() / expected.abs().max()))
+    return worst
+
+
+def _exponentials(guard_bits: int) -> tuple[Tensor, Tensor]:
+    """Codes 0, -1, ..., -255 of [-15, 0] and what DI-Exp makes of them."""
+    m, k = constant(torch.tensor([15 / 255]))
+    x = -torch.arange(256)
+    return x, di_exp(x, m, k, guard_bits)
+
+
+def error_of_di_exp(ctx) -> float:
+    """Largest |DI-Exp(x) / DI-Exp(0) - exp(x)| over the 256 codes of [-15, 0]; the line alone is off by 0.043."""
+    x, e = _exponentials(Config().guard_bits)
+    return float((e / e[0] - (x * 15 / 255).double().exp()).abs().max())
+
+
+def di_exp_falls_and_halves(ctx) -> float:
+    """Codes at which DI-Exp as printed rises with |x|, or does not halve after DI-Exp(0) steps, rounded down."""
+    _, e = _exponentials(0)
+    steps = int(e[0])
+    return float((e.diff() > 0).sum() + (e[steps:] != e[:-steps] >> 1).sum())
+
+
+def no_float_inside_blocks(ctx) -> float:
+    """Operations of an integer block that return a float, from the codes of its input to those of its output."""
+
+    class Count(TorchDispatchMode):
+        floats = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.floats += any(isinstance(t, Tensor) and t.is_floating_point() for t in tree_leaves(out))
+            return out
+
+    model, cfg = ctx.reference(), Config()
+    block = next(_any_factors(ctx, model)).settle(model.config)
+    x = _integer_input(ctx, "self_attn.q_proj", cfg.residual_bits)[1]
+    angles = torch.arange(256)[None, :, None] / 10000 ** (torch.arange(64) % 32 / 32)
+    tables = rotary_tables(angles.cos(), angles.sin())
+    with torch.no_grad(), Count() as count:
+        y = block.run(x, tables, torch.ones(256, 256, dtype=torch.bool).tril())
+    return count.floats + float(any(t.is_floating_point() for t in (y.codes, y.zero_point, y.m, y.k)))
+
+
+@torch.no_grad()
+def cost_of_integers_at_8_bits(ctx) -> float:
+    """Nats that W8A8 with every operator of the blocks on integers costs on 4 test windows, factors not trained."""
+    model, windows = ctx.reference(), ctx.test_windows(4)
+    quantized = quantize(model, ctx.calib(2), Config(w_bits=8, a_bits=8, kv_bits=8, n_epochs=0))
+    losses = []
+    for network in (quantized, model):
+        logits = network(windows).logits[:, :-1].flatten(0, 1)
+        losses.append(float(nn.functional.cross_entropy(logits, windows[:, 1:].flatten())))
+    return losses[0] - losses[1]
+
+
+def _probabilities(ctx, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """DI-ClippedSoftmax of real scores (a head, no rotary embedding), float probabilities, and who sees whom."""
+    W, _, X = ctx.layer("model.layers.1.self_attn.q_proj", n_tokens=256)
+    keys = X @ ctx.layer("model.layers.1.self_attn.k_proj", n_tokens=256)[0][:64].T
+    scores = (X @ W[:64].T @ keys.T / 8).double()
+    valid, ones = torch.ones(256, 256, dtype=torch.bool).tril(), torch.ones(256, 1, dtype=torch.int64)
+    integers = ((scores * 2**20).round().long(), 128 * ones, 27 * ones)
+    return di_clipped_softmax(integers, valid, cfg), scores.masked_fill(~valid, -torch.inf).softmax(-1), valid
+
+
+def softmax_rows_sum_to_one(ctx) -> float:
+    """Largest |row sum - 128| of 8-bit probabilities, in units of half a step for each position that is seen."""
+    p, _, valid = _probabilities(ctx, Config())
+    return float(((p.sum(-1) - 128).abs() / (valid.sum(-1) / 2)).max() + p.masked_fill(valid, 0).abs().max())
+
+
+def softmax_errors(ctx) -> list[dict]:
+    """Half the summed |difference| to float probabilities, mean over rows: c = 3 and 15, no clip, no guard bits."""
+    variants = {
+        "c15": {},
+        "c3": {"softmax_clip": 3},
+        "unclipped": {"softmax_clip": None},
+        "as_printed": {"guard_bits": 0},
+    }
+    rows = []
+    for name, over in variants.items():
+        p, exact, _ = _probabilities(ctx, Config(**over))
+        rows.append({"name": name, "value": float((p / 128 - exact).abs().sum(-1).mean() / 2)})
+    return rows
+
+
+def reconstruction_errors(ctx) -> list[dict]:
+    """Output error of the first block on 4 samples FSBR did not see, after 4 epochs over 8 others; initially 1."""
+    model, calib = copy_model(ctx.reference("reference-outlier")), ctx.calib(12)
+    peaks = channel_peaks(model, calib[:8])
+    transform_attention(model, block_anatomies(model)[0].attn, lambda q, k, v: (q, k, v))
+    block = next(walk_blocks(model, calib, propagate="both"))
+    (X, Y), fsbr = (
+        (torch.cat(t) for t in (block.inputs, block.targets)),
+        Smoothing(block, model.config, peaks, Config(n_epochs=4)),
+    )
+    unseen = replace(block, inputs=[X[8:]], targets=[Y[8:]])
+    block.inputs, block.targets = [X[:8]], [Y[:8]]
+    before = _learn.output_error(unseen, fsbr.rounded())
+    fsbr.train_block(torch.Generator().manual_seed(ctx.seed))
+    trained = _learn.output_error(unseen, fsbr.rounded()) / before
+    return [{"name": "trained", "value": trained}, {"name": "initial", "value": 1.0}]

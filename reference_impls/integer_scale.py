@@ -1,0 +1,305 @@
+"""Integer Scale: group scales become integers, so that a fine-grained product adds up in int32 and is converted once.
+
+Paper     Li et al., 2024, arXiv:2405.14597v2 (numbers below refer to v2)   Entry  papers/integer_scale.yaml
+Scope     weights and inputs of nn.Linear in decoder blocks; embeddings, lm_head, norms, attention and cache untouched
+Deviates  no official code was found, and the paper was read in abstracts and summaries: the numbers of equations, the
+          default of the amplifier and its heuristic are recalled. Weights come from rounding to nearest or GPTQ; AWQ,
+          OmniQuant and rotations would be applied before. A scale that would become 0, or a sum that could leave int32,
+          is an error. Products and sums are int32 tensors; activation scales, and the one conversion, are float32
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from requant.reference_impls import _quant, gptq
+from requant.reference_impls._hessian import proxy_loss
+from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._walk import (
+    check_calib,
+    copy_model,
+    decoder_blocks,
+    named_linears,
+    replace_module,
+    walk_blocks,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults: fine-grained W4A8 with the fixed amplifier."""
+
+    w_bits: int = 4  # W4A8 throughout
+    a_bits: int = 8  # one dynamic scale a token
+    group_size: int | None = 128  # inputs per scale
+    amplifier: int | None = 1024  # recalled; None = the heuristic: double until all scales reach 1
+    extra_bits: int = 0  # doublings on top of the heuristic; ours, 0 = as the paper
+    rounding: str = "rtn"  # base quantizer: "rtn", which needs no data, or "gptq"
+    integer: bool = True  # False = float group scales, the scheme it is compared with
+
+    def __post_init__(self) -> None:
+        if self.rounding not in ("rtn", "gptq"):
+            raise QuantizationError(f"rounding is {self.rounding!r}; choose rtn or gptq")
+        if not (2 <= self.w_bits <= 8 and 2 <= self.a_bits <= 8):
+            raise QuantizationError("w_bits and a_bits must be from 2 to 8: codes are 8-bit integers")
+        if self.amplifier is not None and (self.amplifier < 1 or self.amplifier & (self.amplifier - 1)):
+            raise QuantizationError(f"amplifier {self.amplifier} is no power of two")
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def base_codes(W: Tensor, H: Tensor | None, cfg: Config) -> tuple[Tensor, Tensor]:
+    """Signed codes int8 [d_out, n_groups, group] and float scales [d_out, n_groups, 1] of the base quantizer."""
+    if cfg.rounding == "rtn":
+        groups = _quant.grouped(W, cfg.group_size)
+        scale, zero_point = _quant.absmax_qparams(groups, cfg.w_bits)
+        codes = _quant.quantize(groups, scale, zero_point, cfg.w_bits)
+    else:
+        if H is None:
+            raise QuantizationError('rounding "gptq" needs H, the second moments of the inputs, from calib')
+        how = gptq.Config(cfg.w_bits, cfg.group_size, symmetric=True)
+        rounded = gptq.round_columns(W, H, how, _quant.absmax_qparams)
+        codes = _quant.grouped(rounded.codes.T, cfg.group_size)
+        scale, zero_point = rounded.scale.T[..., None], rounded.zero_point.T[..., None]
+    return (codes - zero_point).to(torch.int8), scale
+
+
+def choose_amplifier(scale: Tensor, cfg: Config) -> int:
+    """The fixed amplifier, or the heuristic (recalled): double from 1 until the smallest scale reaches 1."""
+    if cfg.amplifier is not None:
+        return cfg.amplifier
+    smallest, amplifier = float(scale.min()), 1
+    while smallest * amplifier < 1:
+        amplifier *= 2
+    return amplifier << cfg.extra_bits
+
+
+def integer_scales(codes: Tensor, scale: Tensor, cfg: Config) -> tuple[Tensor, int]:
+    """S = round(s * amplifier), int32 [d_out, n_groups, 1], and the amplifier (Eq. 2).
+
+    Raises: QuantizationError if a group with codes other than 0 gets scale 0, or an output could leave int32.
+    """
+    amplifier = choose_amplifier(scale[codes.any(-1)] if codes.any() else scale, cfg)
+    S = (scale * amplifier).round().to(torch.int32)
+    if ((S == 0)[..., 0] & codes.any(-1)).any():
+        raise QuantizationError(
+            f"amplifier {amplifier} rounds a group scale of {float(scale.min()):.2g} to 0; take a larger one, or None"
+        )
+    peak = largest_accumulator(codes, S, cfg.a_bits)
+    if peak >= 2**31 or int(S.max()) >= 2**15:
+        raise QuantizationError(
+            f"with amplifier {amplifier} an int32 sum could reach {peak} and the largest scale is {int(S.max())}; "
+            "take a smaller amplifier"
+        )
+    return S, amplifier
+
+
+def largest_accumulator(codes: Tensor, S: Tensor, a_bits: int) -> int:
+    """The largest magnitude that any input codes could give to an output: (2^(a-1) - 1) max_n sum_g S_g sum_k |w_k|."""
+    return int((2 ** (a_bits - 1) - 1) * (codes.long().abs().sum(-1) * S[..., 0].long()).sum(-1).max())
+
+
+def effective_scale(codes: Tensor, scale: Tensor, cfg: Config) -> Tensor:
+    """The scale that is really applied: S / amplifier (exact, a power of two), or the float scale."""
+    if not cfg.integer:
+        return scale
+    S, amplifier = integer_scales(codes, scale, cfg)
+    return S / amplifier
+
+
+def quantize_weight(W: Tensor, H: Tensor | None, cfg: Config) -> Tensor:
+    """Codes as the base quantizer left them, times S / amplifier: float32 [d_out, d_in]. H only for GPTQ."""
+    codes, scale = base_codes(W, H, cfg)
+    return (codes * effective_scale(codes, scale, cfg)).flatten(1)
+
+
+def pack_weight(W: Tensor, H: Tensor | None, cfg: Config) -> dict[str, Tensor]:
+    """The tensors stored for one layer: packed codes, int16 scales and the exponent of the amplifier in a byte."""
+    codes, scale = base_codes(W, H, cfg)
+    packed = {
+        "shape": torch.tensor(codes.shape, dtype=torch.int32),
+        "codes": _quant.pack_bits(codes.long() + 2 ** (cfg.w_bits - 1), cfg.w_bits),
+    }
+    if not cfg.integer:
+        return packed | {"scale": scale.half()}
+    S, amplifier = integer_scales(codes, scale, cfg)
+    exponent = torch.tensor([amplifier.bit_length() - 1], dtype=torch.uint8)
+    return packed | {"scale": S.to(torch.int16), "exponent": exponent}
+
+
+def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
+    """Inverse of `pack_weight`: float32 [d_out, d_in]."""
+    shape = tuple(packed["shape"].tolist())
+    codes = _quant.unpack_bits(packed["codes"], cfg.w_bits, shape) - 2 ** (cfg.w_bits - 1)
+    amplifier = 2 ** int(packed["exponent"]) if cfg.integer else 1
+    return (codes * (packed["scale"].float() / amplifier)).flatten(1)
+
+
+def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
+    """b + 16/g, and 8 bits a layer for the amplifier."""
+    return cfg.w_bits + 16 / (cfg.group_size or d_in) + (8 / (d_out * d_in) if cfg.integer else 0)
+
+
+# --- the product ------------------------------------------------------------------------------------------------------
+
+
+class GroupedLinear(nn.Module):
+    """y = s_a / amplifier * float(sum_g S_g (x_g . w_g)), everything in the brackets int32 (Eq. 2).
+
+    With float scales every group's sum is converted on its own instead: y = s_a sum_g s_g float(x_g . w_g) (Eq. 1).
+    """
+
+    def __init__(self, linear: nn.Linear, H: Tensor | None, cfg: Config):
+        super().__init__()
+        codes, scale = base_codes(linear.weight.float(), H, cfg)
+        S, self.amplifier = integer_scales(codes, scale, cfg) if cfg.integer else (scale, 1)
+        self.register_buffer("codes", codes)  # int8 [d_out, n_groups, group]
+        self.register_buffer("scale", S)  # int32 (or float32) [d_out, n_groups, 1]
+        self.bias, self.a_bits = linear.bias, cfg.a_bits
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight, dequantized, for model code that looks at it."""
+        return (self.codes * (self.scale / self.amplifier)).flatten(1)
+
+    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes int32 and float scale [..., 1] of each token, symmetric."""
+        limit = 2 ** (self.a_bits - 1) - 1
+        scale = _quant.absmax_scale(x, self.a_bits)
+        return (x / scale).round().clamp(-limit, limit).to(torch.int32), scale
+
+    def accumulate(self, x_int: Tensor) -> Tensor:
+        """sum_g S_g (x_g . w_g) for codes [n_tokens, d_in]: [n_tokens, d_out], of the scales' dtype."""
+        total = torch.zeros(len(x_int), len(self.codes), dtype=self.scale.dtype)
+        for g, x_g in enumerate(x_int.split(self.codes.shape[-1], 1)):
+            inner = x_g @ self.codes[:, g].to(torch.int32).T  # int32, exact
+            total += inner * self.scale[:, g].T  # int32; or float, the conversion that a group costs
+        return total
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes, scale = self.quantize_input(x)
+        total = self.accumulate(codes.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        y = total.to(x.dtype) * (scale / self.amplifier)
+        return y if self.bias is None else y + self.bias
+
+
+@torch.no_grad()
+def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
+    """Replace every linear of the decoder blocks by a `GroupedLinear`.
+
+    Args:
+        calib: int64 [n_samples, seqlen]; used by rounding "gptq" only, None else.
+    Raises: QuantizationError as `integer_scales`, for groups that do not divide an input, or GPTQ without calib.
+    """
+    model = copy_model(model)
+    if cfg.rounding == "rtn":
+        for module in decoder_blocks(model):
+            _replace_linears(module, {}, cfg)
+        return model
+    check_calib(calib)
+    for block in walk_blocks(model, calib):
+        _replace_linears(block.module, block.hessians(), cfg)
+    return model
+
+
+def _replace_linears(block: nn.Module, hessians: dict[str, Tensor], cfg: Config) -> None:
+    for name, linear in named_linears(block).items():
+        replace_module(block, name, GroupedLinear(linear, hessians.get(name), cfg))
+
+
+# --- invariants and findings named in papers/integer_scale.yaml -------------------------------------------------------
+
+_LAYERS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def _linear(W: Tensor, cfg: Config) -> GroupedLinear:
+    linear = nn.Linear(W.shape[1], W.shape[0], bias=False)
+    linear.weight = nn.Parameter(W, requires_grad=False)
+    return GroupedLinear(linear, None, cfg)
+
+
+def integer_product_is_exact(ctx) -> float:
+    """Wrong entries of the int32 sums against exact integers, plus the relative error of what is made of them."""
+    worst = 0.0
+    for name in _LAYERS:
+        W, _, X = ctx.layer(f"model.layers.1.{name}", n_tokens=128)
+        layer = _linear(W, Config())
+        codes, scale = layer.quantize_input(X)
+        exact = codes.double() @ (layer.codes * layer.scale).flatten(1).double().T
+        wrong = float((layer.accumulate(codes) != exact).float().sum())
+        expected = exact * scale.double() / layer.amplifier
+        worst = max(worst, wrong + float((layer(X) - expected).abs().max() / expected.abs().max()))
+    return worst
+
+
+def scale_error_in_half_steps(ctx) -> float:
+    """Largest |S / amplifier - s| in units of 0.5 / amplifier, over all linears of a block and three amplifiers."""
+    worst = 0.0
+    for name in _LAYERS:
+        codes, scale = base_codes(ctx.layer(f"model.layers.1.{name}", n_tokens=128)[0], None, Config())
+        for amplifier in (256, 1024, 2**14):
+            S, _ = integer_scales(codes, scale, Config(amplifier=amplifier))
+            worst = max(worst, float((S.double() - scale.double() * amplifier).abs().max() / 0.5))
+    return worst
+
+
+def integral_scales_change_nothing(ctx) -> float:
+    """Largest difference between integer and float scales where all scales are multiples of 1/1024 to begin with."""
+    W, _, X = ctx.layer("model.layers.1.mlp.up_proj", n_tokens=128)
+    codes, scale = base_codes(W, None, Config())
+    W = (codes * ((scale * 1024).round() / 1024)).flatten(1)
+    integer, plain = (_linear(W, Config(integer=kind)) for kind in (True, False))
+    return float(
+        (integer(X) - plain(X)).abs().max() / plain(X).abs().max()
+        + (integer.weight - plain.weight).abs().max()
+    )
+
+
+def share_of_int32_used(ctx) -> float:
+    """Largest possible |sum| over all linears of the reference model at amplifier 1024, as a share of 2^31."""
+    worst = 0
+    for linear in named_linears(ctx.reference().model.layers).values():
+        codes, scale = base_codes(linear.weight.detach(), None, Config())
+        worst = max(worst, largest_accumulator(codes, integer_scales(codes, scale, Config())[0], 8))
+    return worst / 2**31
+
+
+@torch.no_grad()
+def cost_of_integer_scales(ctx) -> float:
+    """Change of the loss in nats, on 8 test windows, by integer scales at 1024 in place of float ones; W4A8."""
+    windows, losses = ctx.test_windows(8), []
+    for kind in (True, False):
+        logits = quantize(ctx.reference(), None, Config(integer=kind))(windows).logits[:, :-1].flatten(0, 1)
+        losses.append(float(nn.functional.cross_entropy(logits, windows[:, 1:].flatten())))
+    return abs(losses[0] - losses[1])
+
+
+def layer_errors(ctx) -> list[dict]:
+    """tr(E H E^T) at 4 bits in units of rounding with float scales, mean over the linears of one block.
+
+    rtn_<amplifier>, gptq_1024 and gptq_float say base and amplifier; rtn_heuristic has the heuristic alone. small_* are
+    weights divided by 8, with scales as in large models: the fixed amplifier, and the heuristic with four bits on top.
+    anew_64 rounds the weights again on the integer scales of amplifier 64.
+    """
+    values: dict[str, float] = {}
+    for name in _LAYERS:
+        W, H, _ = ctx.layer(f"model.layers.2.{name}", n_tokens=2048)
+        plain, small = Config(integer=False), W / 8
+        made = {f"rtn_{a}": quantize_weight(W, None, Config(amplifier=a)) for a in (64, 256, 1024)}
+        made["rtn_float"] = quantize_weight(W, None, plain)
+        made["gptq_1024"] = quantize_weight(W, H, Config(rounding="gptq"))
+        made["gptq_float"] = quantize_weight(W, H, replace(plain, rounding="gptq"))
+        made["rtn_heuristic"] = quantize_weight(W, None, Config(amplifier=None))
+        made["small_fixed"] = 8 * quantize_weight(small, None, Config())
+        made["small_lifted"] = 8 * quantize_weight(small, None, Config(amplifier=None, extra_bits=4))
+        scale = effective_scale(*base_codes(W, None, plain), Config(amplifier=64))
+        groups = _quant.grouped(W, plain.group_size)
+        made["anew_64"] = ((groups / scale).round().clamp(-8, 7) * scale).flatten(1)
+        unit = proxy_loss(W, made["rtn_float"], H)
+        for key, Q in made.items():
+            values[key] = values.get(key, 0.0) + proxy_loss(W, Q, H) / unit / len(_LAYERS)
+    return [{"name": name, "value": value} for name, value in values.items()]

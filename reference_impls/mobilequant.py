@@ -1,0 +1,320 @@
+"""MobileQuant: static integer ranges for every activation; scales, clipping and ranges are learned end to end.
+
+Paper     Tan et al., Findings of EMNLP 2024, arXiv:2408.13933v1 (numbers refer to v1)   Entry  papers/mobilequant.yaml
+Scope     weights of nn.Linear in decoder blocks, inputs and outputs of linears and norms, outputs of activation
+          functions and softmax, q and k after rotary embedding; embeddings, the final norm and lm_head untouched
+Deviates  input of the softmax and weights of norms, 16-bit integers in the paper, stay in floating point; ranges are
+          observed on all calibration samples (the code: on 512 others); training starts from this project's SmoothQuant
+          factors at norms and, for scale_up, before down; under rotary embedding query-key scales of a pair are tied
+          unless tie_rotary is off; finished weight scales are rounded to float16, offsets to integers
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from requant.reference_impls import _quant
+from requant.reference_impls._activation import QuantInput, StaticRange, transform_attention
+from requant.reference_impls._anatomy import anatomy, block_anatomies, require_pre_norm
+from requant.reference_impls._equivalence import Folded, query_key, sites
+from requant.reference_impls._learn import ClippingStrengths, cosine_decay, descend, floored, in_order
+from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._walk import (
+    Block,
+    check_calib,
+    copy_model,
+    decoder_blocks,
+    named_linears,
+    replace_module,
+    walk_blocks,
+)
+from requant.reference_impls.smoothquant import channel_peaks, smoothing_factors
+
+ERROR_FLOOR = 0.01  # ranges start clipped to 0.982
+TINY = {"epochs": 1, "batch_size": 8}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults: W8A8 of Table 1."""
+
+    w_bits: int = 8  # Table 1; 4 with per_channel, W4A8
+    a_bits: int = 8  # Table 1
+    wide_bits: int = 16  # Sec. 3.1: inputs of norms, outputs of o and down; 8 is "full W8A8", Table 5
+    w_granularity: str = "per_tensor"  # Sec. 4.1, W8; per_channel for W4; down is always per_channel
+    symmetric: bool = False  # of weights; True in Table 7
+    scale_up: bool = True  # Sec. 3.2: scales between up and down; False: OmniQuant's places ("static")
+    learn_ranges: bool = True  # Sec. 3.3, Table 3
+    end_to_end: bool = True  # Sec. 3.4, Table 2; False: block by block
+    epochs: int = 60  # Table 2
+    batch_size: int = 1  # code
+    let_lr: float = 1e-3  # code
+    lwc_lr: float = 1e-2  # code
+    lrl_lr: float = 1e-6  # code, scales and offsets of activations
+    lr_end_ratio: float = 0.1  # code: all rates fall by a cosine to 1e-4, 1e-3 and 1e-7
+    weight_decay: float = 0.0  # code
+    clip_init: float = 4.0  # code: logit, 0.982 of the range
+    min_scale: float = 1e-2  # code: scales below it in magnitude are pushed to it
+    alpha: float = 0.5  # of the SmoothQuant run that training starts from (README)
+    tie_rotary: bool = True  # the code leaves the query-key scales of a rotary pair free (False)
+
+    def __post_init__(self) -> None:
+        if self.w_granularity not in ("per_tensor", "per_channel"):
+            raise QuantizationError(f"w_granularity {self.w_granularity!r} is not per_tensor or per_channel")
+
+
+# --- static ranges --------------------------------------------------------------------------------------------------
+
+
+def simulate(model: nn.Module, cfg: Config) -> list[StaticRange]:
+    """Put a StaticRange at every place of the blocks that an integer NPU rounds (Sec. 3.1), in place."""
+    made: list[StaticRange] = []
+
+    def new(bits: int = cfg.a_bits) -> StaticRange:
+        made.append(StaticRange(bits))
+        return made[-1]
+
+    for parts in block_anatomies(model):
+        names = {id(module): name for name, module in parts.block.named_modules()}
+        for norm, _ in parts.norm_groups:
+            replace_module(parts.block, names[id(norm)], nn.Sequential(new(cfg.wide_bits), norm, new()))
+        ranges = parts.attn.ranges = nn.ModuleList([new(), new(), new(cfg.wide_bits)])  # of q, k and softmax
+        transform_attention(
+            model, parts.attn, lambda q, k, v, r=ranges: (r[0](q), r[1](k), v), weigh=ranges[2]
+        )
+        for name in ("act_fn", "activation_fn"):
+            if parts.gate is not None and isinstance(getattr(parts.mlp, name, None), nn.Module):
+                setattr(parts.mlp, name, nn.Sequential(getattr(parts.mlp, name), new()))
+        for linear in named_linears(parts.block).values():
+            wide = linear in (parts.o, parts.down)
+            after = new(cfg.wide_bits if wide else cfg.a_bits)
+            replace_module(parts.block, names[id(linear)], QuantInput(linear, new() if wide else None, after))
+    return made
+
+
+# --- transforms and clipping ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def smoothed(model: nn.Module, calib: Tensor, cfg: Config) -> nn.Module:
+    """A copy with the same function and SmoothQuant's factors (its Eq. 4) at norms and, for scale_up, before down."""
+    require_pre_norm(model)
+    model = copy_model(model)
+    peaks = channel_peaks(model, calib)
+    for parts in block_anatomies(model):
+        for site in sites(parts, model.config):
+            if site.name != "value" and site.writer is not None and (cfg.scale_up or site.name != "up"):
+                weights = [linear.weight for linear in site.linears]
+                site.fold(smoothing_factors(peaks[site.linears[0]], weights, cfg.alpha))
+    return model
+
+
+class MobileBlock(nn.Module):
+    """Scales and clipping learned for one block, all scales 1 at the start, and the block's tensors under them."""
+
+    def __init__(self, block: Block, config, cfg: Config):
+        super().__init__()
+        self.cfg, self.block = cfg, block
+        parts = anatomy(block.module)
+        pair, places = query_key(parts, config, block.kwargs), sites(parts, config)
+        self.pair = pair if pair is not None and pair.repeat == 1 else None
+        places = [site for site in places if site.writer is not None and site.repeat == 1]
+        self.sites = [site for site in places if cfg.scale_up or site.name != "up"]
+        sizes = {site.name: site.linears[0].in_features for site in self.sites}
+        sizes |= {} if self.pair is None else {"query_key": self.pair.k.out_features}
+        self.scales = nn.ParameterDict({name: nn.Parameter(torch.ones(size)) for name, size in sizes.items()})
+        per_tensor, linears = cfg.w_granularity == "per_tensor", named_linears(block.module).values()
+        self.linears = [(linear, per_tensor and linear is not parts.down) for linear in linears]
+        groups = [_groups(linear.weight, whole) for linear, whole in self.linears]
+        self.clips = nn.ModuleList(ClippingStrengths(each, cfg.clip_init) for each in groups)
+
+    def transformed(self) -> Folded:
+        """The block with its scales folded in (Sec. 3.2), unrounded."""
+        now = Folded(self.block.module)
+        for site in self.sites:
+            site.fold_into(now, floored(self.scales[site.name], self.cfg.min_scale))
+        if self.pair is not None:
+            s = floored(self.scales["query_key"], self.cfg.min_scale)
+            self.pair.fold_into(now, self.pair.tie(s) if self.cfg.tie_rotary else s)
+        return now
+
+    def rounded(self) -> Folded:
+        """`transformed` with rounded weights."""
+        now = self.transformed()
+        for (linear, per_tensor), clip in zip(self.linears, self.clips, strict=True):
+            W = now[linear.weight]
+            groups = clip.fake_quantize(_groups(W, per_tensor), self.cfg.w_bits, self.cfg.symmetric)
+            now[linear.weight] = groups.reshape(W.shape)
+        return now
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block.forward(x, self.rounded().tensors)
+
+    def ranges(self) -> list[Tensor]:
+        """Scales and offsets of the block's activations."""
+        found = [module for module in self.block.module.modules() if isinstance(module, StaticRange)]
+        return [p for module in found for p in (module.scale, module.offset)]
+
+
+def _groups(W: Tensor, per_tensor: bool) -> Tensor:
+    """[d_out, 1, d_in], one grid a row, or [1, 1, d_out * d_in]."""
+    return W.reshape(1, 1, -1) if per_tensor else W[:, None]
+
+
+# --- learning (Sec. 3.4) --------------------------------------------------------------------------------------------
+
+
+def learn(stack: Sequence[MobileBlock], inputs: Tensor, targets: Tensor, cfg: Config) -> list[float]:
+    """Minimise the squared error of what a stack of blocks makes of inputs [n_samples, seqlen, hidden], jointly.
+
+    Returns: the loss of each batch before its step.
+    """
+    learned = (
+        (cfg.let_lr, [p for learner in stack for p in learner.scales.values()]),
+        (cfg.lwc_lr, [p for learner in stack for p in learner.clips.parameters()]),
+        (cfg.lrl_lr, [p for learner in stack for p in learner.ranges() if cfg.learn_ranges]),
+    )
+    groups = [{"params": params, "lr": lr} for lr, params in learned if params]
+    for p in (p for group in groups for p in group["params"]):
+        p.requires_grad_(True)
+    batches = list(in_order(len(inputs), cfg.batch_size, cfg.epochs))
+    optimizer = torch.optim.AdamW(groups, weight_decay=cfg.weight_decay)
+    schedule = cosine_decay(optimizer, len(batches), cfg.lr_end_ratio)
+
+    def loss(batch: Tensor) -> Tensor:
+        x = inputs[batch]
+        for learner in stack:
+            x = learner(x)
+        return (x - targets[batch]).square().mean()
+
+    return descend(loss, optimizer, batches, schedule=schedule)
+
+
+@torch.no_grad()
+def _outputs(stack: Sequence[Block | MobileBlock], x: Tensor) -> Tensor:
+    """What a stack makes of x, in batches of 8 samples."""
+    for each in stack:
+        x = torch.cat([each.forward(batch) for batch in x.split(8)])
+    return x
+
+
+@torch.no_grad()
+def prepare(
+    model: nn.Module, calib: Tensor, cfg: Config
+) -> tuple[nn.Module, list[MobileBlock], list[Block], Tensor]:
+    """The simulated model with observed ranges, its learners, the original blocks, and what the first one is fed."""
+    original = smoothed(model, calib, cfg)
+    walk = walk_blocks(original, calib, propagate="original")
+    first = next(walk)
+    blocks, inputs = [replace(block, inputs=[]) for block in (first, *walk)], torch.cat(first.inputs)
+    model = copy_model(original)
+    twins = [replace(b, module=module) for b, module in zip(blocks, decoder_blocks(model), strict=True)]
+    learners = [MobileBlock(block, model.config, cfg) for block in twins]
+    ranges = simulate(model, cfg)
+    _outputs(twins, inputs)
+    for each in ranges:
+        each.settle()
+    return model, learners, blocks, inputs
+
+
+def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
+    """Smooth, observe ranges, learn everything jointly on the last hidden state, fold and round.
+
+    Raises: UnsupportedModelError where norm outputs are not read by linears alone or attention does not use
+    transformers' interface.
+    """
+    check_calib(calib)
+    model, learners, blocks, inputs = prepare(model, calib, cfg)
+    fit(learners, blocks, inputs, cfg)
+    with torch.no_grad():
+        for learner in learners:
+            learner.rounded().write()
+            for offset in learner.ranges()[1::2]:
+                offset.round_()
+    return model.requires_grad_(False)
+
+
+def fit(learners: list[MobileBlock], blocks: list[Block], inputs: Tensor, cfg: Config) -> None:
+    """Learn all blocks at once or, unless end_to_end, one after the other on outputs of the rounded ones before."""
+    size, original = len(blocks) if cfg.end_to_end else 1, inputs
+    for span in (slice(i, i + size) for i in range(0, len(blocks), size) if cfg.epochs):
+        original = _outputs(blocks[span], original)
+        learn(learners[span], inputs, original, cfg)
+        inputs = _outputs(learners[span], inputs)
+
+
+# --- one layer ------------------------------------------------------------------------------------------------------
+
+
+def pack_weight(W: Tensor, H: Tensor | None, cfg: Config) -> dict[str, Tensor]:
+    """The tensors stored for one layer other than down, its range clipped as at the start of training; H is ignored."""
+    groups = _groups(W, cfg.w_granularity == "per_tensor")
+    clip = ClippingStrengths(groups, cfg.clip_init)
+    scale, zero_point = clip.stored_grid(groups, cfg.w_bits, cfg.symmetric)
+    codes = _quant.quantize(groups, scale, zero_point, cfg.w_bits).reshape(len(W), 1, -1)
+    packed = _quant.pack_affine(codes, scale, zero_point, cfg.w_bits, cfg.symmetric)
+    apart = () if len(scale) > 1 else ("scale", "zero_point")  # named apart where a matrix has one of them
+    return {"tensor_" * (key in apart) + key: tensor for key, tensor in packed.items()}
+
+
+def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
+    """Inverse of `pack_weight`: float32 [d_out, d_in]."""
+    packed = {key.removeprefix("tensor_"): tensor for key, tensor in packed.items()}
+    return _quant.unpack_affine(packed, cfg.w_bits, cfg.symmetric)
+
+
+def quantize_weight(W: Tensor, H: Tensor | None, cfg: Config) -> Tensor:
+    """What `pack_weight` stores, dequantized: float32 [d_out, d_in]."""
+    return unpack_weight(pack_weight(W, H, cfg), cfg)
+
+
+def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
+    """b + (16 + b)/(d_out d_in), or (16 + b)/d_in per channel; two numbers for each activation are not counted."""
+    size = d_out * d_in if cfg.w_granularity == "per_tensor" else d_in
+    return _quant.affine_bits(cfg.w_bits, size, d_in, cfg.symmetric)
+
+
+# --- invariants and findings named in papers/mobilequant.yaml -------------------------------------------------------
+
+
+@torch.no_grad()
+def transforms_keep_the_function(ctx) -> float:
+    """Change of the last hidden state by random scales everywhere, as a share of its largest; nothing is rounded."""
+    _, learners, blocks, inputs = prepare(ctx.reference("reference-outlier"), ctx.calib(2, 64), Config())
+    generator, x = torch.Generator().manual_seed(0), inputs
+    for learner in learners:
+        for s in learner.scales.values():
+            s.copy_((torch.randn(s.shape, generator=generator) / 2).exp())
+        for module in learner.block.module.modules():
+            module.observing = True  # of a StaticRange: it lets everything pass
+        x = learner.block.forward(x, learner.transformed().tensors)
+    expected = _outputs(blocks, inputs)
+    return float((x - expected).abs().max() / expected.abs().max())
+
+
+def sixteen_bits_are_enough(ctx) -> float:
+    """Relative error of the logits when weights and all activations have 16 bits and whole ranges, untrained."""
+    model, tokens = ctx.reference(), ctx.calib(4, 64)
+    cfg = Config(w_bits=16, a_bits=16, clip_init=math.inf, epochs=0)
+    with torch.no_grad():
+        plain, rounded = (net(tokens).logits for net in (model, quantize(model, tokens, cfg)))
+    return float((rounded - plain).norm() / plain.norm())
+
+
+def hidden_state_error(ctx) -> list[dict]:
+    """Squared error of the last hidden state on test tokens at W4A8 after 32 steps, in units of its value before."""
+    rows, tokens = [{"name": "before", "value": 1.0}], ctx.test_windows(8)[:, :128]
+    for name, whole in (("end_to_end", True), ("blockwise", False)):
+        cfg = Config(w_bits=4, w_granularity="per_channel", epochs=4, end_to_end=whole)
+        model, learners, blocks, inputs = prepare(ctx.reference(), ctx.calib(8, 128), cfg)
+        x = model.get_input_embeddings()(tokens)
+        target, before = _outputs(blocks, x), _outputs(learners, x)
+        fit(learners, blocks, inputs, cfg)
+        errors = [float((y - target).square().mean()) for y in (before, _outputs(learners, x))]
+        rows.append({"name": name, "value": errors[1] / errors[0]})
+    return rows

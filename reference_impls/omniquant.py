@@ -1,0 +1,319 @@
+"""OmniQuant: learn how far to clip weight ranges, and which scales and shifts to move into weights, block by block.
+
+Paper     Shao et al., ICLR 2024, arXiv:2308.13137v3 (numbers below refer to v3)   Entry  papers/omniquant.yaml
+Scope     weights of nn.Linear in decoder blocks; with a_bits their inputs and, in attention, q, k and v; embeddings,
+          norms, biases, softmax outputs and lm_head untouched
+Deviates  float32 instead of automatic mixed precision; ranges always contain zero; gradients also reach the zero point
+          (the official code cuts them there); finished scales are rounded to float16 and zero points follow; initial
+          scales look at all readers of a tensor, as SmoothQuant's do (the code: at q_proj and up_proj); shifts wherever
+          norm and linears have biases and activations are rounded (the code: for OPT); with grouped queries a group
+          shares its scales (the code learns none); no query-key scale where the projection is fused or a norm follows
+          it; under rotary embedding the two channels of a pair are tied unless tie_rotary is off
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import OPTConfig, OPTForCausalLM
+
+from requant.reference_impls import _quant
+from requant.reference_impls._activation import transform_attention, wrap_linears
+from requant.reference_impls._anatomy import anatomy, require_pre_norm
+from requant.reference_impls._equivalence import Folded, Site, channel_ranges, query_key, sites
+from requant.reference_impls._hessian import proxy_loss
+from requant.reference_impls._learn import (
+    ClippingStrengths,
+    descend,
+    floored,
+    output_error,
+    reconstruct,
+    token_ste,
+)
+from requant.reference_impls._walk import Block, check_calib, copy_model, named_linears, walk_blocks
+from requant.reference_impls.smoothquant import smoothing_factors
+
+ERROR_FLOOR = 0.01  # ranges start clipped to 0.982
+TINY = {"epochs": 1, "batch_size": 8}
+_LAYER_STEPS = 50  # of `quantize_weight`
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults: Sec. 4.1, W4A16."""
+
+    w_bits: int = 4  # Table 1 (also 2 and 3); 4 and 6 with activations, Table 2
+    a_bits: int | None = None  # None = not rounded (Table 1); 4, 6 in Table 2; also of q, k and v
+    group_size: int | None = None  # Table 1: None = whole row; 64, 128
+    symmetric: bool = False  # code, --symmetric off
+    lwc: bool = True  # Sec. 3.2, learnable weight clipping
+    let: bool = True  # Sec. 3.3; Sec. 4.1: off for LLaMA if only weights are rounded
+    lwc_lr: float = 5e-3  # Sec. 4.1 (code and scripts: 1e-2)
+    let_lr: float = 1e-2  # Sec. 4.1 (code and scripts: 5e-3)
+    epochs: int = 20  # Sec. 4.1; 40 for W2A16
+    batch_size: int = 1  # Sec. 4.1
+    weight_decay: float = 0.0  # code, --wd
+    clip_init: float = 4.0  # code: logit, 0.982 of the range
+    alpha: float = 0.5  # code, --alpha: initial scales are SmoothQuant's; 0.75 in some W4A4 scripts
+    min_scale: float = 1e-2  # code: scales below it in magnitude are pushed to it
+    aug_loss: bool = False  # code, --aug_loss: second distance, from the original block on quantized inputs
+    tie_rotary: bool = True  # Eq. 5 is an equivalence only then; the code leaves pairs free (False)
+
+
+# --- learnable equivalent transformation (Sec. 3.3) -----------------------------------------------------------------
+
+
+def initial_transform(block: Block, site: Site, alpha: float) -> tuple[Tensor, Tensor]:
+    """Scale and shift [channels written] of a site, from what its readers are fed in the original model.
+
+    The scale is SmoothQuant's (its Eq. 4), the shift the running mean over samples of each channel's mid-range, as in
+    Outlier Suppression+.
+    """
+    peak, middle = channel_ranges(block, site)
+    scale = smoothing_factors(peak, [linear.weight for linear in site.linears], alpha)
+    return site.written(scale), site.written(middle)
+
+
+class BlockLearner(nn.Module):
+    """The parameters learned for one block, and the block's tensors as functions of them."""
+
+    weight_only_shifts = False
+
+    def __init__(self, model: nn.Module, block: Block, cfg: Config):
+        super().__init__()
+        self.cfg, self.scales, self.shifts = cfg, nn.ParameterDict(), nn.ParameterDict()
+        self.second = block.run() if cfg.aug_loss else None
+        parts, module = anatomy(block.module), block.module
+        self.sites, self.pair = [], None
+        if cfg.let:
+            self.sites = [site for site in sites(parts, model.config) if site.name != "up"]  # not before down
+            self.pair = query_key(parts, model.config, block.kwargs)
+            for site in self.sites:
+                scale, shift = initial_transform(block, site, cfg.alpha)
+                self.scales[site.name] = nn.Parameter(scale.clone())
+                if site.can_learn_shift and (cfg.a_bits is not None or self.weight_only_shifts):
+                    self.shifts[site.name] = nn.Parameter(shift.clone())
+            if self.pair is not None:
+                self.scales["query_key"] = nn.Parameter(torch.ones(self.pair.k.out_features))
+        if cfg.a_bits is not None:
+            wrap_linears(module, lambda x: token_ste(x, cfg.a_bits))
+            transform_attention(model, parts.attn, lambda *qkv: tuple(token_ste(x, cfg.a_bits) for x in qkv))
+        start = cfg.clip_init if cfg.lwc else math.inf  # sigmoid(inf) = 1: whole ranges
+        self.linears: Mapping[str, nn.Linear] = named_linears(module)
+        clips = {
+            name: ClippingStrengths(_quant.grouped(linear.weight, cfg.group_size), start)
+            for name, linear in self.linears.items()
+        }
+        self.clips = nn.ModuleDict({name.replace(".", "/"): clip for name, clip in clips.items()})
+        self.block, self.epoch = block, 0
+
+    def transformed(self) -> Folded:
+        """The block with scales and shifts folded in (Eq. 3 and 5), unrounded."""
+        now = Folded(self.block.module)
+        for site in self.sites:
+            shift = self.shifts.get(site.name, None)
+            site.fold_into(now, floored(self.scales[site.name], self.cfg.min_scale), shift)
+        if self.pair is not None:
+            s = floored(self.scales["query_key"], self.cfg.min_scale)
+            self.pair.fold_into(now, self.pair.tie(s) if self.cfg.tie_rotary else s)
+        return now
+
+    def rounded(self) -> Folded:
+        """`transformed` with rounded weights (Eq. 2)."""
+        now = self.transformed()
+        for name, linear in self.linears.items():
+            W = now[linear.weight]
+            groups, clip = _quant.grouped(W, self.cfg.group_size), self.clips[name.replace(".", "/")]
+            now[linear.weight] = clip.fake_quantize(groups, self.cfg.w_bits, self.cfg.symmetric).flatten(1)
+        return now
+
+    def learn(self) -> list[float]:
+        """Minimise the block's output error (Eq. 1); returns the loss of each batch."""
+        cfg = self.cfg
+        scaling = [*self.scales.values(), *self.shifts.values()]
+        clipping = list(self.clips.parameters()) if cfg.lwc else []
+        groups = [{"params": scaling, "lr": cfg.let_lr}, {"params": clipping, "lr": cfg.lwc_lr}]
+        groups = [group for group in groups if group["params"]]
+        if not groups or not cfg.epochs:
+            return []
+
+        def tensors(epoch: int) -> dict[str, Tensor]:
+            self.epoch = epoch
+            return self.rounded().tensors
+
+        optimizer = torch.optim.AdamW(groups, weight_decay=cfg.weight_decay)
+        how = {"epochs": cfg.epochs, "batch_size": cfg.batch_size, "second_targets": self.second}
+        return reconstruct(self.block, tensors, optimizer, **how)
+
+
+def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
+    """Algorithm 1: block after block, learn on outputs of quantized blocks, fold, round, go on.
+
+    Raises: UnsupportedModelError for let where norm outputs are not read by linears alone, and for a_bits where
+    attention does not use transformers' interface.
+    """
+    return learn_blocks(model, calib, cfg, BlockLearner)
+
+
+def learn_blocks(
+    model: nn.Module, calib: Tensor | None, cfg: Config, learner: type[BlockLearner]
+) -> nn.Module:
+    """The walk behind `quantize`, with the given kind of learner."""
+    check_calib(calib)
+    if cfg.let:
+        require_pre_norm(model)
+    model = copy_model(model)
+    for block in walk_blocks(model, calib, propagate="both"):
+        with torch.no_grad():
+            learned = learner(model, block, cfg)
+        learned.learn()
+        with torch.no_grad():
+            learned.rounded().write()
+    return model
+
+
+# --- one layer ------------------------------------------------------------------------------------------------------
+
+
+def _learn_clipping(W: Tensor, H: Tensor | None, cfg: Config) -> ClippingStrengths:
+    """LWC for one layer alone: the loss is the error of its output, tr((Q - W) H (Q - W)^T)."""
+    groups = _quant.grouped(W, cfg.group_size)
+    clip = ClippingStrengths(groups, cfg.clip_init if cfg.lwc else math.inf)
+    if not cfg.lwc or H is None:
+        return clip
+    size = (W @ H * W).sum()
+
+    def loss(_step: int) -> Tensor:
+        E = clip.fake_quantize(groups, cfg.w_bits, cfg.symmetric).flatten(1) - W
+        return (E @ H * E).sum() / size
+
+    optimizer = torch.optim.AdamW(clip.parameters(), cfg.lwc_lr, weight_decay=cfg.weight_decay)
+    descend(loss, optimizer, range(_LAYER_STEPS), keep_best=True)
+    return clip
+
+
+def pack_weight(W: Tensor, H: Tensor | None, cfg: Config) -> dict[str, Tensor]:
+    """The tensors stored for one layer; what was learned is in the scales and zero points, or in W itself."""
+    groups = _quant.grouped(W, cfg.group_size)
+    scale, zero_point = _learn_clipping(W, H, cfg).stored_grid(groups, cfg.w_bits, cfg.symmetric)
+    codes = _quant.quantize(groups, scale, zero_point, cfg.w_bits)
+    return _quant.pack_affine(codes, scale, zero_point, cfg.w_bits, cfg.symmetric)
+
+
+def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
+    """Inverse of `pack_weight`: float32 [d_out, d_in]."""
+    return _quant.unpack_affine(packed, cfg.w_bits, cfg.symmetric)
+
+
+@torch.no_grad()
+def quantize_weight(W: Tensor, H: Tensor | None, cfg: Config) -> Tensor:
+    """LWC on one layer [d_out, d_in] by its own output error (blocks learn all layers jointly), dequantized."""
+    clip = _learn_clipping(W, H, cfg)
+    return clip.fake_quantize(_quant.grouped(W, cfg.group_size), cfg.w_bits, cfg.symmetric).flatten(1)
+
+
+def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
+    """b + (16 + b)/g: clipping, scales and shifts leave nothing behind."""
+    return _quant.affine_bits(cfg.w_bits, cfg.group_size, d_in, cfg.symmetric)
+
+
+# --- invariants and findings named in papers/omniquant.yaml ---------------------------------------------------------
+
+
+@torch.no_grad()
+def _change_of_logits(model: nn.Module, tokens: Tensor, tied: bool) -> float:
+    """Largest change of a logit, as a share of the largest, when random scales and shifts are folded in everywhere."""
+    generator, changed = torch.Generator().manual_seed(0), copy_model(model)
+
+    def random(size: int) -> tuple[Tensor, Tensor]:
+        draws = torch.randn(2, size, generator=generator)
+        return (draws[0] / 2).exp(), draws[1] / 10
+
+    for block in walk_blocks(changed, tokens, propagate="original"):
+        parts, now = anatomy(block.module), Folded(block.module)
+        for site in sites(parts, model.config)[:3]:
+            s, d = random(len(site.written(torch.zeros(site.linears[0].in_features))))
+            site.fold_into(now, s, d if site.can_learn_shift else None)
+        pair = query_key(parts, model.config, block.kwargs)
+        s = random(pair.k.out_features)[0]
+        pair.fold_into(now, pair.tie(s) if tied else s)
+        now.write()
+    plain, logits = (net(tokens[:2]).logits for net in (model, changed))
+    return float((plain - logits).abs().max() / plain.abs().max())
+
+
+def small_opt() -> nn.Module:
+    """A random OPT: LayerNorm, biases everywhere, no rotary embedding."""
+    sizes = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "num_attention_heads": 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return (
+            OPTForCausalLM(OPTConfig(vocab_size=2048, num_hidden_layers=2, **sizes))
+            .requires_grad_(False)
+            .eval()
+        )
+
+
+def transforms_keep_the_function(ctx) -> float:
+    """Change of logits by random scales and shifts (Eq. 3 and 5): a small OPT, and the reference with tied pairs."""
+    tokens = ctx.calib(2, 64)
+    errors = _change_of_logits(small_opt(), tokens, False), _change_of_logits(ctx.reference(), tokens, True)
+    return max(errors)
+
+
+def query_key_scales(ctx) -> list[dict]:
+    """Change of logits on the rotary reference model by random scales: pairs tied, and left free as the code does."""
+    model, tokens = ctx.reference(), ctx.calib(2, 64)
+    return [{"name": n, "value": _change_of_logits(model, tokens, n == "tied")} for n in ("tied", "free")]
+
+
+def whole_ranges_are_rtn(ctx) -> float:
+    """Largest difference between rounding without clipping and plain rounding to nearest, 2 to 8 bits; 0."""
+    W, worst = ctx.layer("model.layers.1.mlp.down_proj")[0], 0.0
+    for bits in (2, 3, 4, 8):
+        Q = quantize_weight(W, None, Config(w_bits=bits, group_size=64, lwc=False))
+        worst = max(worst, float((Q - _quant.fake_quant(_quant.grouped(W, 64), bits).flatten(1)).abs().max()))
+    return worst
+
+
+def _first_block(ctx, cfg: Config) -> BlockLearner:
+    model = ctx.reference()
+    return BlockLearner(model, next(iter(walk_blocks(model, ctx.calib(16, 128), propagate="both"))), cfg)
+
+
+def weights_stay_frozen(ctx) -> float:
+    """Largest change of a parameter of the block itself while clipping and scales are learned; 0."""
+    learner, original = _first_block(ctx, Config(a_bits=4, epochs=1)), ctx.reference().model.layers[0]
+    learner.learn()
+    pairs = zip(learner.block.module.parameters(), original.parameters(), strict=True)
+    return max(float((now - before).abs().max()) for now, before in pairs)
+
+
+def clipping_on_a_layer(ctx) -> list[dict]:
+    """Output error of one layer after LWC in units of that of rounding to nearest; at 2 bits also in groups."""
+    W, H, _ = ctx.layer("model.layers.1.self_attn.o_proj")
+    rows = [{"name": "rtn", "value": 1.0}]
+    for bits, group in ((2, None), (3, None), (4, None), (2, 128), (2, 64)):
+        learned = quantize_weight(W, H, Config(w_bits=bits, group_size=group, lwc_lr=0.1))
+        error = proxy_loss(W, learned, H) / proxy_loss(W, _quant.fake_quant(W, bits), H)
+        rows.append({"name": f"w{bits}" + (f"g{group}" if group else ""), "value": error})
+    return rows
+
+
+def held_out_block(ctx) -> Block:
+    """The first block of the reference model with test tokens as its inputs."""
+    return next(iter(walk_blocks(ctx.reference(), ctx.test_windows(8)[:, :128], propagate="both")))
+
+
+def block_error(ctx) -> list[dict]:
+    """Squared output error of the first block at 2 bits in units of its value before learning; also held out."""
+    learner, other = _first_block(ctx, Config(w_bits=2, let=False, lwc_lr=0.1, epochs=2)), held_out_block(ctx)
+    before = [output_error(data, learner.rounded().tensors, learner.block) for data in (learner.block, other)]
+    learner.learn()
+    after = [output_error(data, learner.rounded().tensors, learner.block) for data in (learner.block, other)]
+    ratios = {"before": 1.0, "after": after[0] / before[0], "held_out": after[1] / before[1]}
+    return [{"name": name, "value": value} for name, value in ratios.items()]

@@ -1,0 +1,257 @@
+"""QUIK: 4-bit weights times 4-bit activations, save a fixed few input features that keep 16 bits with their weights.
+
+Paper     Ashkboos et al., EMNLP 2024, arXiv:2310.09259v2 (numbers below refer to v2)   Entry  papers/quik.yaml
+Scope     weights and inputs of nn.Linear in decoder blocks; embeddings, lm_head, norms, attention products and the KV
+          cache untouched
+Deviates  outlier features and Hessians come from one calibration set (the paper finds the former on 512 sentences of
+          the Pile); outlier columns are rounded to float16 as they are stored, and that error is compensated too;
+          weight scales are rounded to float16; activations and products are float32; the 2:4 variant and the code's
+          asymmetric weights are not offered. At layer level, where no activations are at hand, features are ranked by
+          their second moments in place of their maxima
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from requant.reference_impls import _quant, gptq, quarot, smoothquant
+from requant.reference_impls._activation import QuantInput
+from requant.reference_impls._anatomy import anatomy
+from requant.reference_impls._hessian import proxy_loss
+from requant.reference_impls._outliers import (
+    column_bits,
+    join_columns,
+    other_columns,
+    pack_columns,
+    top_columns,
+)
+from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._walk import check_calib, copy_model, replace_module, walk_blocks
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults: the LLaMA-2 rows of Tables 2 and 4."""
+
+    w_bits: int = 4  # Table 4
+    a_bits: int | None = 4  # Table 4; None = not quantized
+    down_proj_bits: int | None = 8  # Table 4, weights and inputs; None = as the rest (OPT, Table 1)
+    n_outliers: int = 256  # Tables 7 and 10, features kept in 16 bits
+    relative_outliers: bool = True  # code --fp_relative: down projections get d_in / hidden times as many
+    outlier_threshold: float = 0.0  # Table 13: none where max|X| is at most this (code: twice, at 8 bits)
+    clip_search: bool = True  # Table 11; code --w_clip: 80 shares of the range, |error|^2.4
+    damp_ratio: float = 0.01  # code, --percdamp
+    block_size: int = 128  # code, blocksize of GPTQ
+
+
+TINY = {"n_outliers": 4}
+
+
+# --- one layer --------------------------------------------------------------------------------------------------------
+
+
+def round_weight(
+    W: Tensor, H: Tensor, cfg: Config, peak: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """GPTQ with the outlier columns last: not rounded, but carrying the error of the others (code).
+
+    Args:
+        W: [d_out, d_in] float32; H: [d_in, d_in], second moments of the inputs; both left unchanged.
+        peak: [d_in] max|X_j| over calibration tokens, the rank of each feature; None: the diagonal of H.
+    Returns: codes [d_out, d_in - k] of the base columns in ascending order, their scale and zero point [d_out, 1], and
+        W [d_out, d_in] with every base column dequantized and every outlier column compensated.
+    Raises: QuantizationError if the layer has fewer inputs than outliers are asked for.
+    """
+    peak = H.diagonal() if peak is None else peak
+    outliers = top_columns(peak, cfg.n_outliers)
+    base = other_columns(outliers, len(peak))
+    order = torch.cat([base[peak[base].argsort(stable=True)], outliers[peak[outliers].argsort(stable=True)]])
+    kept = torch.zeros_like(W, dtype=torch.bool)
+    kept[:, len(base) :] = True
+    how = gptq.Config(cfg.w_bits, symmetric=True, damp_ratio=cfg.damp_ratio, block_size=cfg.block_size)
+    choose = (
+        quarot.search_grid if cfg.clip_search else _quant.absmax_qparams
+    )  # both see the outlier columns as zeros
+    rounded = gptq.round_columns(W[:, order], H[order][:, order], how, choose, kept=kept)
+    back = order.argsort()
+    codes = rounded.codes[back].T[:, base]
+    return codes, rounded.scale.T, rounded.zero_point.T, rounded.dequantize()[:, back]
+
+
+def quantize_weight(W: Tensor, H: Tensor, cfg: Config) -> Tensor:
+    """`round_weight`, dequantized: float32 [d_out, d_in]."""
+    return round_weight(W, H, cfg)[-1]
+
+
+def pack_weight(W: Tensor, H: Tensor, cfg: Config) -> dict[str, Tensor]:
+    """The tensors stored for one layer: packed codes, one float16 scale a row, float16 outlier columns and indices."""
+    codes, scale, zero_point, Q = round_weight(W, H, cfg)
+    packed = _quant.pack_affine(codes[:, None], scale[:, None], zero_point[:, None], cfg.w_bits, True)
+    return packed | pack_columns(Q, top_columns(H.diagonal(), cfg.n_outliers))
+
+
+def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
+    """Inverse of `pack_weight`: float32 [d_out, d_in]."""
+    return join_columns(_quant.unpack_affine(packed, cfg.w_bits, True), packed)
+
+
+def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
+    """(b (n - k) + 16)/n + k (16 + 32/d_out)/n; a down projection has another b and k (`layer_config`)."""
+    scale_bits = 16 if cfg.w_bits <= 8 else 32
+    k = min(cfg.n_outliers, d_in)
+    return (cfg.w_bits * (d_in - k) + scale_bits) / d_in + column_bits(k, d_out, d_in)
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+def round_inputs(x: Tensor, bits: int, base: Tensor) -> Tensor:
+    """Round the base features of each token on an asymmetric grid of their own; x [..., d_in], outliers untouched."""
+    if not len(base):
+        return x
+    return x.index_copy(-1, base, _quant.clipped_fake_quant(x.index_select(-1, base), bits))
+
+
+def layer_config(cfg: Config, linear: nn.Linear, is_down: bool, peak: Tensor) -> Config:
+    """What one linear gets: 8 bits and more outliers for a down projection (Table 4), none below the threshold."""
+    n_outliers, threshold = cfg.n_outliers, cfg.outlier_threshold
+    if is_down:
+        if cfg.relative_outliers:
+            n_outliers = round(n_outliers * linear.in_features / linear.out_features)
+        if cfg.down_proj_bits is not None:
+            a_bits = None if cfg.a_bits is None else cfg.down_proj_bits
+            cfg, threshold = replace(cfg, w_bits=cfg.down_proj_bits, a_bits=a_bits), 2 * threshold
+    return replace(cfg, n_outliers=0 if float(peak.max()) <= threshold else n_outliers)
+
+
+@torch.no_grad()
+def _quantize_stage(linears: Sequence[nn.Linear], H: Tensor, cfg: Config, peak: Tensor) -> None:
+    """Round linears that read the same tensor, in place; their rows do not depend on each other."""
+    Q = round_weight(torch.cat([linear.weight.float() for linear in linears]), H, cfg, peak)[-1]
+    for linear, rows in zip(linears, Q.split([linear.out_features for linear in linears]), strict=True):
+        linear.weight.copy_(rows)
+
+
+@torch.no_grad()
+def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
+    """Find the outlier features, round the weights block by block with unquantized activations, then wrap the inputs.
+
+    Args:
+        calib: int64 [n_samples, seqlen].
+    Raises: QuantizationError without calib, or if a layer has fewer inputs than outliers are asked for.
+    """
+    check_calib(calib)
+    if cfg.w_bits < 2 or (cfg.a_bits is not None and cfg.a_bits < 2):
+        raise QuantizationError("w_bits and a_bits must be 2 or more")
+    model = copy_model(model)
+    peaks = smoothquant.channel_peaks(model, calib)  # of the unquantized model
+    found: list[tuple[nn.Linear, Config]] = []
+    for block in walk_blocks(model, calib):
+        parts = anatomy(block.module)
+        for stage in (
+            parts.qkv,
+            [parts.o],
+            parts.ups,
+            [parts.down],
+        ):  # later stages see what earlier ones became
+            peak = peaks[stage[0]]
+            own = layer_config(cfg, stage[0], stage[0] is parts.down, peak)
+            _quantize_stage(stage, block.hessians({"first": stage[0]})["first"], own, peak)
+            found += [(linear, own) for linear in stage]
+    names = {id(module): name for name, module in model.named_modules()}
+    for linear, own in found:
+        if own.a_bits is not None:
+            base = other_columns(top_columns(peaks[linear], own.n_outliers), linear.in_features)
+            rounding = partial(round_inputs, bits=own.a_bits, base=base)
+            replace_module(model, names[id(linear)], QuantInput(linear, rounding))
+    return model
+
+
+# --- invariants and findings named in papers/quik.yaml ----------------------------------------------------------------
+
+_LAYER = "model.layers.1.self_attn.o_proj"
+
+
+def integer_path_is_fake_quant(ctx) -> float:
+    """Relative difference of the kernel's sum (int32 product, correction, 16-bit part) and the fake-quantized one."""
+    W, H, X = ctx.layer(_LAYER, n_tokens=512)
+    cfg, half = Config(n_outliers=16), 2**3
+    codes, s_w, zero_point, Q = round_weight(W, H, cfg)
+    outliers = top_columns(H.diagonal(), cfg.n_outliers)
+    base = other_columns(outliers, W.shape[1])
+    low, high = (end.unsqueeze(-1) for end in torch.aminmax(X[:, base], dim=-1))
+    s_x = (high.clamp(min=0) - low.clamp(max=0)) / (2**cfg.a_bits - 1)
+    zero_x = (-low.clamp(max=0) / s_x).round()
+    X_int = (_quant.quantize(X[:, base], s_x, zero_x, cfg.a_bits) - half).to(torch.int8).to(torch.int32)
+    W_int = (codes - zero_point).to(torch.int8).to(torch.int32)
+    row_sums = (W_int * s_w.double()).sum(1)
+    exact = (X_int @ W_int.T).double() * s_x.double() * s_w.double().T
+    exact += (half - zero_x.double()) * s_x.double() * row_sums + (X[:, outliers] @ Q[:, outliers].T).double()
+    fake = round_inputs(X, cfg.a_bits, base) @ Q.T
+    return float((fake - exact).abs().max() / exact.abs().max())
+
+
+def all_outliers_change_nothing(ctx) -> float:
+    """Largest change of a weight, relative to the largest, if every feature is an outlier: float16 rounding is left."""
+    W, H, X = ctx.layer(_LAYER, n_tokens=512)
+    Q = quantize_weight(W, H, Config(n_outliers=W.shape[1]))
+    same_inputs = round_inputs(X, 4, other_columns(torch.arange(W.shape[1]), W.shape[1]))
+    return float((Q - W).abs().max() / W.abs().max() + (same_inputs - X).abs().max())
+
+
+def scale_ignores_outlier_columns(ctx) -> float:
+    """Largest change of a row's scale when its outlier columns grow a hundredfold, with and without clipping."""
+    W, H, _ = ctx.layer(_LAYER)
+    larger, worst = W.clone(), 0.0
+    larger[:, top_columns(H.diagonal(), 16)] *= 100
+    for clip in (False, True):
+        cfg = Config(n_outliers=16, clip_search=clip)
+        worst = max(worst, float((round_weight(W, H, cfg)[1] - round_weight(larger, H, cfg)[1]).abs().max()))
+    return worst
+
+
+def outlier_features_pass_untouched(ctx) -> float:
+    """Largest change of an outlier feature, or of another one whose token has no outliers, by rounding the inputs."""
+    _, H, X = ctx.layer("model.layers.1.mlp.gate_proj", "reference-outlier", n_tokens=512)
+    outliers = top_columns(H.diagonal(), 16)
+    base = other_columns(outliers, X.shape[1])
+    rounded, alone = round_inputs(X, 4, base), _quant.clipped_fake_quant(X[:, base], 4)
+    return float((rounded[:, outliers] - X[:, outliers]).abs().max() + (rounded[:, base] - alone).abs().max())
+
+
+def _no_flow(W: Tensor, H: Tensor, cfg: Config) -> Tensor:
+    """GPTQ on the base columns alone: what they cannot absorb is lost, outlier columns stay as they were."""
+    outliers = top_columns(H.diagonal(), cfg.n_outliers)
+    base = other_columns(outliers, W.shape[1])
+    Q = W.clone()
+    Q[:, base] = quantize_weight(W[:, base], H[base][:, base], replace(cfg, n_outliers=0))
+    return Q
+
+
+def layer_errors(ctx) -> list[dict]:
+    """tr(E H E^T) at 4 bits and 16 outliers in units of round-to-nearest, mean over the linears of one block.
+
+    quik clips; unclipped does not; no_flow is unclipped with outlier columns that take up no error; rtn has the same
+    outlier columns; no_outliers is unclipped GPTQ of every column.
+    """
+    cfg, values = Config(n_outliers=16, clip_search=False), {}
+    layers = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+    for name in layers:
+        W, H, _ = ctx.layer(f"model.layers.2.{name}", n_tokens=2048)
+        diagonal = torch.diag(H.diagonal())  # nothing to compensate: round-to-nearest on the same grids
+        made = {
+            "quik": quantize_weight(W, H, replace(cfg, clip_search=True)),
+            "unclipped": quantize_weight(W, H, cfg),
+            "no_flow": _no_flow(W, H, cfg),
+            "no_outliers": quantize_weight(W, H, replace(cfg, n_outliers=0)),
+            "rtn": quantize_weight(W, diagonal, cfg),
+        }
+        unit = proxy_loss(W, made["rtn"], H)
+        for key, Q in made.items():
+            values[key] = values.get(key, 0.0) + proxy_loss(W, Q, H) / unit / len(layers)
+    return [{"name": name, "value": value} for name, value in values.items()]
