@@ -77,8 +77,10 @@ def quantize(
 ) -> nn.Module:
     """The method's `quantize`, its calibration activations in files of a folder where one is given.
 
-    Raises: NotHere, naming method and model, for a structure that it does not know.
+    Raises: NotHere, naming method and model, for a structure that it does not know; where there is no calibration set
+        and the method needs one.
     """
+    from requant.reference_impls._quant import QuantizationError
     from requant.reference_impls._walk import UnsupportedModelError, activations_in
 
     try:
@@ -87,6 +89,10 @@ def quantize(
     except UnsupportedModelError as error:
         kind = getattr(model.config, "model_type", "unknown")
         raise NotHere(f"{impl} does not support {type(model).__name__} ({kind}): {error}") from error
+    except QuantizationError as error:
+        if calib is not None:
+            raise
+        raise NotHere(f"no calibration set is named: {error}") from error
 
 
 def checkpoint_path(model_id: str, options: Options, vocab: Vocab) -> Path:

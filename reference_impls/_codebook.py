@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from requant.reference_impls._hessian import coordinate_sweep
+from requant.reference_impls._kmeans import weighted_kmeans
 from requant.reference_impls._quant import QuantizationError, pack_bits, unpack_bits
-from requant.reference_impls.coupled_quantization import weighted_kmeans
 
 _ROWS = 256  # output channels of one codebook step
 

@@ -135,6 +135,7 @@ def has_hadamard(n: int) -> bool:
 
 
 @functools.cache
+@torch.inference_mode(False)  # kept, and later part of passes that need gradients
 def _factors(n: int) -> tuple[Tensor, ...]:
     """Orthonormal float64 factors, each the base or at most _LEAF, whose Kronecker product is hadamard_matrix(n)."""
     base, k = _split(n)
@@ -152,6 +153,7 @@ def _sylvester(n: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def _factors_like(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     return tuple(F.to(device, dtype) for F in _factors(n))
 

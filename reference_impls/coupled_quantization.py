@@ -29,15 +29,14 @@ from requant.reference_impls._coded_cache import (
     Coder,
     CoupledCache,
     Tables,
-    distances,
     intercept,
     rotate,
     use_windowed_attention,
 )
+from requant.reference_impls._kmeans import relative_fall, weighted_kmeans
 from requant.reference_impls._quant import QuantizationError
 from requant.reference_impls._walk import check_calib, copy_model
 
-_CONVERGED = 1e-3  # k-means stops where the objective falls by less, relative, averaged over groups
 Samples = tuple[Tensor, Tensor]  # vectors [n_tokens, n_groups, c], weights [n_tokens, n_groups]
 
 
@@ -55,58 +54,6 @@ class Config:
 
 
 # --- codebooks ------------------------------------------------------------------------------------------------
-
-
-def _plus_plus(points: Tensor, weights: Tensor, n_centroids: int, generator: torch.Generator) -> Tensor:
-    """k-means++: a point is drawn with probability weight * squared distance to the nearest centroid so far.
-
-    Where all these products are zero the weights no longer count, so that distinct points are all covered in the end.
-    """
-    chosen: list[Tensor] = []
-    distance = torch.ones_like(weights)  # the first draw is by weight alone
-    for _ in range(n_centroids):
-        chance = weights * distance
-        cdf = torch.where(chance.sum(-1, keepdim=True) > 0, chance, distance).cumsum(-1)  # [n_groups, n]
-        draw = torch.rand(len(cdf), 1, generator=generator).to(cdf) * cdf[:, -1:]
-        index = torch.searchsorted(cdf, draw).clamp(max=cdf.shape[-1] - 1)  # [n_groups, 1]
-        point = points.gather(2, index[:, None].expand(-1, points.shape[1], -1))  # [n_groups, c, 1]
-        nearest = (points - point).square().sum(1)
-        distance = torch.minimum(distance, nearest) if chosen else nearest
-        chosen.append(point[..., 0])
-    return torch.stack(chosen, dim=1)
-
-
-def weighted_kmeans(
-    points: Tensor, weights: Tensor, n_centroids: int, max_iterations: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Lloyd's algorithm on many groups at once (Eq. 5 with equal weights, Eq. 6 with Fisher weights).
-
-    Weights enter the update and the objective; a point belongs to the nearest centroid whatever its weight.
-
-    Args:
-        points: [n_groups, c, n] float32; left unchanged.
-        weights: [n_groups, n] float32, not negative.
-    Returns: centroids [n_groups, n_centroids, c]; the objective before each update [n_iterations, n_groups].
-    """
-    centroids = _plus_plus(points, weights, n_centroids, generator)
-    with_one = torch.cat([points, torch.ones_like(points[:, :1])], dim=1).transpose(1, 2)  # [.., n, c + 1]
-    squares, history = points.square().sum(1), []
-    for _ in range(max_iterations):
-        distance = distances(points, centroids)
-        nearest = distance.amin(1, keepdim=True)  # [n_groups, 1, n]
-        history.append(((nearest[:, 0] + squares) * weights).sum(-1))
-        if len(history) > 1 and _fall(history[-2], history[-1]).mean() < _CONVERGED:
-            break
-        assigned = distance.le_(nearest).mul_(weights[:, None])  # a point's weight at its nearest centroid
-        sums = torch.bmm(assigned, with_one)  # [n_groups, k, c + 1]
-        mass = sums[..., -1:]
-        centroids = torch.where(mass > 0, sums[..., :-1] / mass, centroids)
-    return centroids, torch.stack(history)
-
-
-def _fall(before: Tensor, after: Tensor) -> Tensor:
-    """Relative fall of an objective; 0 where it is 0, in groups that no loss depends on."""
-    return (before - after) / before.clamp(min=1e-30)
 
 
 def learn_centroids(vectors: Tensor, weights: Tensor, cfg: Config, generator: torch.Generator) -> Tensor:
@@ -255,7 +202,7 @@ def objective_rise(ctx) -> float:
         _, objective = weighted_kmeans(
             points, weights.T, 2**cfg.code_bits, 20, torch.Generator().manual_seed(0)
         )
-        rises.append(-_fall(objective[:-1], objective[1:]))
+        rises.append(-relative_fall(objective[:-1], objective[1:]))
     return float(torch.cat(rises).max())
 
 

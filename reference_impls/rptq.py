@@ -23,10 +23,10 @@ from requant.reference_impls import _quant, gptq
 from requant.reference_impls._activation import QuantInput, transform_attention
 from requant.reference_impls._anatomy import BlockAnatomy, anatomy, require_pre_norm
 from requant.reference_impls._hessian import proxy_loss
+from requant.reference_impls._kmeans import weighted_kmeans
 from requant.reference_impls._quant import QuantizationError
 from requant.reference_impls._rotation import heads
 from requant.reference_impls._walk import Block, check_calib, copy_model, replace_module, walk_blocks
-from requant.reference_impls.coupled_quantization import weighted_kmeans
 
 
 @dataclass(frozen=True)

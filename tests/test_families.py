@@ -136,6 +136,12 @@ def test_what_no_method_knows_is_named(papers: dict[str, Paper], tmp_path: Path)
     assert found.reason.startswith("rtn does not support GPT2LMHeadModel (gpt2): ")
 
 
+def test_a_missing_calibration_set_is_a_reason_and_no_error(papers: dict[str, Paper], tmp_path: Path) -> None:
+    folder = save(AutoModelForCausalLM, "llama", tmp_path)
+    found = measure(papers["gptq"], replace(CLAIM, calibration=None), Options(models_dir=str(folder)))
+    assert found.state == NOT_RUN and found.ok and "no calibration set is named" in found.reason
+
+
 def test_what_is_no_causal_language_model_is_named(papers: dict[str, Paper], tmp_path: Path) -> None:
     config = T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
     folder = save(T5ForConditionalGeneration(config), "t5", tmp_path)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, OPTConf
 from requant.reference_impls import _learn, _outliers, _quant, gptq
 from requant.reference_impls._anatomy import block_anatomies
 from requant.reference_impls._equivalence import sites
+from requant.reference_impls._hadamard import hadamard_transform
 from requant.reference_impls._quant import QuantizationError, storage_bits
 from requant.reference_impls._walk import activations_in, copy_model, walk_blocks
 
@@ -95,6 +96,16 @@ def test_the_best_parameters_are_kept_and_infinite_losses_refused() -> None:
     assert losses == sorted(losses) and weight.item() == pytest.approx(0.3)
     with pytest.raises(FloatingPointError, match="step 0"):
         _learn.descend(lambda _: weight / 0, optimizer, [TOKENS[0]])
+
+
+def test_transforms_first_used_in_an_evaluation_still_pass_gradients() -> None:
+    """Evaluations run in inference mode; what the transform keeps there must not poison later learning."""
+    with torch.inference_mode():
+        hadamard_transform(torch.ones(2, 36))
+    x = torch.ones(2, 36, requires_grad=True)
+    weight = torch.ones(36, requires_grad=True)
+    (hadamard_transform(x * weight) * x).sum().backward()
+    assert torch.isfinite(x.grad).all() and torch.isfinite(weight.grad).all()
 
 
 def test_both_streams_of_a_walk() -> None:
