@@ -45,7 +45,7 @@ def quantize_blockwise(
     """
     model = copy_model(model)
     for block in walk_blocks(model, calib):
-        stages = _stages(block) if true_sequential else [named_linears(block.module)]
+        stages = sequential_stages(block) if true_sequential else [named_linears(block.module)]
         for stage in stages:
             hessians = block.hessians(stage)
             for names in _by_hessian(hessians):
@@ -70,7 +70,8 @@ def _by_hessian(hessians: dict[str, Tensor]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _stages(block: Block) -> list[dict[str, nn.Linear]]:
+def sequential_stages(block: Block) -> list[dict[str, nn.Linear]]:
+    """The linears of a block by name, {q, k, v}, {o}, {gate, up} and {down} one after the other."""
     parts = anatomy(block.module)
     order: Sequence[Sequence[nn.Linear]] = (parts.qkv, [parts.o], parts.ups, [parts.down])
     names = {id(linear): name for name, linear in named_linears(block.module).items()}

@@ -24,7 +24,7 @@ from requant.reference_impls._anatomy import anatomy
 from requant.reference_impls._fine_tuned import capitals, fine_tuned, loss
 from requant.reference_impls._quant import QuantizationError, pack_bits, unpack_bits
 from requant.reference_impls._walk import check_calib, copy_model, decoder_blocks, named_linears
-from requant.reference_impls._weights import _stages
+from requant.reference_impls._weights import sequential_stages
 
 TINY = {"ranks_attention": (1, 4, 8), "ranks_mlp": (1, 4, 8)}
 
@@ -153,7 +153,7 @@ def _compress_block(block: _walk.Block, tuned: dict[str, nn.Linear], cfg: Config
         before = {name: linear.weight.clone() for name, linear in linears.items()}
         for name, linear in linears.items():  # unrounded, until its turn comes
             linear.weight += _product(*slices[name][index], cfg)
-        for stage in _stages(block):
+        for stage in sequential_stages(block):
             hessians = block.hessians(stage) if bits != 16 else dict.fromkeys(stage)
             for name, linear in stage.items():
                 U, S, Vt = slices[name][index]

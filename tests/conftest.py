@@ -7,6 +7,7 @@ not depend on the number of cores. Claims of one entry share quantized models, s
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """`-k paper` opens no other test file: to import them all takes longer than most claims."""
-    only_claims = (config.option.keyword or "").strip() == "paper"
+    """`-k paper`, alone or narrowed by `and`, opens no other test file: to import all takes longer than most claims."""
+    only_claims = re.fullmatch(r"paper( and (\w+|\([^()]*\)))*", (config.option.keyword or "").strip())
     other = collection_path.suffix == ".py" and collection_path.stem != "test_paper_claims"
     return True if only_claims and other else None
 
