@@ -44,18 +44,34 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if only_claims and other else None
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of one file in one process, where no closer group is named: they share fixtures.
-
-    Also keep `-k paper` exact: it selects the claims of papers and nothing else.
-    """
+    """Keep `-k paper` exact: it selects the claims of papers and nothing else."""
     stray = [i.name for i in items if "paper" in i.name.lower() and i.path.stem != "test_paper_claims"]
     if stray:
         raise pytest.UsageError(f"only claims may be selected by `-k paper`; rename {', '.join(stray[:3])}")
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Give the claims of one entry, and the tests of any other file, to one process: they share models and fixtures.
+
+    The groups of pytest-xdist 3.8 are marks that it hides in node ids, where pytest 9.2 no longer reads them.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByEntry(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return ByEntry(config, log)
+
+
+def group_of(nodeid: str) -> str:
+    """`tests/test_paper_claims.py::test_claim[gptq-w3]` -> `gptq`; of other tests the file."""
+    file, _, test = nodeid.partition("::")
+    if not file.endswith("test_paper_claims.py"):
+        return file
+    return test.partition("[")[2].partition("-")[0]
 
 
 def _measurement(report: pytest.TestReport) -> Measurement | None:

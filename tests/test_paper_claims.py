@@ -16,10 +16,7 @@ CLAIMS = [(paper, claim) for paper in load_catalog().papers.values() for claim i
 
 
 def _params(pairs: list[tuple[Paper, Claim]]) -> list:
-    return [
-        pytest.param(paper, claim, id=f"{paper.id}-{claim.id}", marks=pytest.mark.xdist_group(paper.id))
-        for paper, claim in pairs
-    ]
+    return [pytest.param(paper, claim, id=f"{paper.id}-{claim.id}") for paper, claim in pairs]
 
 
 @pytest.fixture(scope="session")
