@@ -49,7 +49,7 @@ def test_missing_weights_say_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_perplexity_is_the_one_on_the_card(name: str) -> None:
-    found = Context().evaluate(load_reference(name).model)
+    found = Context().evaluate(load_reference(name).model, card.SHORT)
     row = next(
         line
         for line in card.CARD.read_text().splitlines()

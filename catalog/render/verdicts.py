@@ -54,7 +54,7 @@ def verdict(paper: Paper, claim: Claim, ledger: Ledger) -> Verdict:
     if isinstance(measured, Mapping):
         rows = tuple(sorted(measured.items(), key=lambda item: (isinstance(item[1], str), item[1])))
         measured = None
-    reason = record.get("reason") or ""
+    reason = (record.get("reason") or "").partition("; use --")[0]  # the page shows the whole command
     return Verdict(
         state=state if state in STATES else NOT_RUN,
         reason=reason or ("" if state in (REPRODUCED, CONTRADICTED) else "no reason was recorded"),
