@@ -63,7 +63,15 @@ CLAIM = MeasuredClaim(
 )  # fmt: skip
 
 
-UNLIKE = ("opt", "llama", "qwen3", "gemma2", "phi", "gpt_neox", "bloom")  # the others are built like one of these
+UNLIKE = (
+    "opt",
+    "llama",
+    "qwen3",
+    "gemma2",
+    "phi",
+    "gpt_neox",
+    "bloom",
+)  # the others are built like one of these
 IMPLS = sorted({paper.impl for paper in load_catalog().papers.values() if paper.impl})
 
 
