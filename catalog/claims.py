@@ -245,10 +245,17 @@ def _published(paper: Paper, claim: MeasuredClaim, options: Options) -> Measurem
         "n_tokens": evaluation.n_tokens,
     }
     if options.data_paths:
-        details["data_sha256"] = {key: sha256(Path(path)) for key, path in options.data_paths.items()}
+        files = {key: Path(path) for key, path in options.data_paths.items()}
+        details["data_sha256"] = {key: _checksum(f, f.stat().st_mtime_ns) for key, f in files.items()}
     if evaluation.tasks:
         details |= {"engine": evaluation.engine, "tasks": evaluation.tasks}
     return _outcome(paper, claim, evaluation.value, state, reason, **details)
+
+
+@functools.cache
+def _checksum(path: Path, _time: int) -> str:
+    """SHA-256 of a data file, read once for all claims while its time of change stays the same."""
+    return sha256(path)
 
 
 _MEASURES: dict[type[Claim], Callable[..., Measurement]] = {

@@ -182,7 +182,8 @@ class _Session:
         done = self._kept(keys) if resume else []
         if done:
             self.console.print(Text(f"{len(done)} of {len(self.wanted)} claims kept from the ledger"))
-        self._measure_rest(done, Eta(self.plan(rate=None), self.jobs), keys, save)
+        rows = self.plan(rate=None)
+        self._measure_rest(rows, done, Eta(rows, self.jobs), keys, save)
         self.console.print()
         order = {name: index for index, name in enumerate(self.wanted)}
         done.sort(key=lambda item: (item.paper, order[item.paper, item.claim]))
@@ -216,7 +217,12 @@ class _Session:
         return measure_many(self.chosen, folder, self.options, lambda p, c: (p.id, c.id) in wanted, self.jobs)
 
     def _measure_rest(
-        self, done: list[Measurement], eta: Eta, keys: dict[tuple[str, str], str], save: bool
+        self,
+        rows: list[Planned],
+        done: list[Measurement],
+        eta: Eta,
+        keys: dict[tuple[str, str], str],
+        save: bool,
     ) -> None:
         """Measure what is not in `done` and append it, each saved before the next is waited for; Ctrl-C ends it."""
         from requant.catalog import ledger
@@ -225,7 +231,7 @@ class _Session:
         kept = {(item.paper, item.claim) for item in done}
         for item in done:
             eta.after(item)
-        measurements = self.on([row for row in self.plan(None) if (row.paper, row.claim) not in kept])
+        measurements = self.on([row for row in rows if (row.paper, row.claim) not in kept])
         try:
             with closing(measurements):
                 for item in measurements:

@@ -234,6 +234,25 @@ def _write_at_run_time(block: nn.Module, linear: nn.Linear, s: Tensor, _d: Tenso
     replace_module(block, name, ScaledInput(linear, s))
 
 
+def value_site(parts: BlockAnatomy, writer: nn.Linear, rows: Tensor) -> Site:
+    """The site between the values, which are these rows of `writer`, and o; without grouped queries."""
+    write = partial(_write_rows, writer, rows)
+    return Site("value", [parts.o], write, shifts=True, writer=writer, rows=rows)
+
+
+def up_site(parts: BlockAnatomy) -> Site:
+    """The site of the MLP's inner activation, before down; see `sites`."""
+    gated = parts.gate is not None or parts.up.out_features == 2 * parts.down.in_features
+    relu = any(isinstance(module, nn.ReLU) for module in parts.mlp.modules())
+    if not (gated or relu):
+        return Site("up", [parts.down], partial(_write_at_run_time, parts.block, parts.down), shifts=False)
+    # the input is linear in up's output, or ReLU(x / s) = ReLU(x) / s; the last rows: where a fused gate and up
+    # projection has its up half
+    rows = torch.arange(parts.up.out_features)[-parts.down.in_features :]
+    write = partial(_write_rows, parts.up, rows)
+    return Site("up", [parts.down], write, shifts=False, writer=parts.up, rows=rows)
+
+
 def sites(parts: BlockAnatomy, config) -> list[Site]:
     """The sites of one block in the order of the forward pass: norms, values, and the MLP's inner activation.
 
@@ -246,18 +265,10 @@ def sites(parts: BlockAnatomy, config) -> list[Site]:
         for name, (norm, linears) in zip(names, parts.norm_groups, strict=False)
     ]
     geometry = heads(parts, config)
-    write = partial(_write_rows, geometry.value, geometry.value_rows)
     repeat = geometry.n_heads // geometry.n_kv_heads
-    value = (geometry.value, geometry.value_rows)
-    found.insert(1, Site("value", [parts.o], write, True, geometry.head_dim, repeat, *value))
-    gated = parts.gate is not None or parts.up.out_features == 2 * parts.down.in_features
-    relu = any(isinstance(module, nn.ReLU) for module in parts.mlp.modules())
-    write, up = partial(_write_at_run_time, parts.block, parts.down), (None, None)
-    if gated or relu:  # the input is linear in up's output, or ReLU(x / s) = ReLU(x) / s
-        # the last rows: where a fused gate and up projection has its up half
-        rows = torch.arange(parts.up.out_features)[-parts.down.in_features :]
-        write, up = partial(_write_rows, parts.up, rows), (parts.up, rows)
-    found.append(Site("up", [parts.down], write, False, 1, 1, *up))
+    value = value_site(parts, geometry.value, geometry.value_rows)
+    found.insert(1, replace(value, head_dim=geometry.head_dim, repeat=repeat))
+    found.append(up_site(parts))
     return found
 
 

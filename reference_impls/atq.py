@@ -72,10 +72,7 @@ def factors(site: Site, peak: Tensor, alpha: float) -> Tensor:
     Args:
         peak: [d_in] max |X_j| over calibration tokens, as the readers index it.
     """
-    s = smoothing_factors(peak, [linear.weight for linear in site.linears], alpha)
-    if site.repeat == 1:
-        return s
-    return s.view(-1, site.repeat, site.head_dim).amax(1).flatten()  # query heads that share a value head
+    return site.written(smoothing_factors(peak, [linear.weight for linear in site.linears], alpha))
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from requant.reference_impls import _quant, _walk, gptq
 from requant.reference_impls._anatomy import BlockAnatomy, anatomy, fold_channel_scale, require_pre_norm
+from requant.reference_impls._equivalence import up_site, value_site
 from requant.reference_impls._hessian import gram
 from requant.reference_impls._quant import QuantizationError
 from requant.reference_impls._walk import Block, named_linears, walk_blocks
@@ -139,18 +140,6 @@ def clip_weight(W: Tensor, H: Tensor, cfg: Config) -> Tensor:
 # --- one block ----------------------------------------------------------------------------------------------
 
 
-class DividedInput(nn.Module):
-    """A linear whose input is divided by s when it runs, for want of an operator that absorbs s (GELU)."""
-
-    def __init__(self, linear: nn.Linear, s: Tensor):
-        super().__init__()
-        self.linear = linear
-        self.register_buffer("s", s.to(linear.weight.dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x / self.s)
-
-
 @dataclass(frozen=True)
 class Pair:
     """Linears that read one input, with the operator that can divide this input by a scale.
@@ -163,30 +152,6 @@ class Pair:
     inspected: nn.Module
     fold: Callable[[Tensor], None] | None
     clips: list[nn.Linear]
-
-
-@torch.no_grad()
-def _fold_rows(previous: nn.Linear, linear: nn.Linear, s: Tensor) -> None:
-    # the last rows: where a fused gate and up projection has its up half
-    previous.weight[-len(s) :] /= s[:, None]
-    if previous.bias is not None:
-        previous.bias[-len(s) :] /= s
-    linear.weight *= s
-
-
-@torch.no_grad()
-def _fold_at_run_time(block: nn.Module, linear: nn.Linear, s: Tensor) -> None:
-    name = next(name for name, module in block.named_modules() if module is linear)
-    _walk.replace_module(block, name, DividedInput(linear, s))
-    linear.weight *= s
-
-
-def _down_fold(parts: BlockAnatomy) -> Callable[[Tensor], None]:
-    gated = parts.gate is not None or parts.up.out_features == 2 * parts.down.in_features
-    relu = any(isinstance(module, nn.ReLU) for module in parts.mlp.modules())
-    if gated or relu:  # the input is linear in up's output, or ReLU(x / s) = ReLU(x) / s
-        return partial(_fold_rows, parts.up, parts.down)
-    return partial(_fold_at_run_time, parts.block, parts.down)
 
 
 def _inspected(parts: BlockAnatomy, linears: list[nn.Linear]) -> nn.Module:
@@ -212,9 +177,9 @@ def block_pairs(block: nn.Module) -> list[Pair]:
         clips = [linear for linear in linears if id(linear) not in unclipped]
         pairs.append(Pair(linears, _inspected(parts, linears), fold, clips))
     square = parts.v is not None and parts.v.weight.shape == parts.o.weight.shape
-    output_fold = partial(_fold_rows, parts.v, parts.o) if square else None
+    output_fold = value_site(parts, parts.v, torch.arange(parts.v.out_features)).fold if square else None
     pairs.append(Pair([parts.o], parts.o, output_fold, [parts.o]))
-    pairs.append(Pair([parts.down], parts.down, _down_fold(parts), [parts.down]))
+    pairs.append(Pair([parts.down], parts.down, up_site(parts).fold, [parts.down]))
     return pairs
 
 

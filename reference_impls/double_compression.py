@@ -77,10 +77,7 @@ def rescale(model: nn.Module, calib: Tensor, power: float) -> tuple[nn.Module, d
     peaks = channel_peaks(model, calib)
     for parts in block_anatomies(model):
         for site in sites(parts, model.config):
-            peak = peaks[site.linears[0]]
-            if site.repeat > 1:  # grouped-query attention: readers see each value channel several times
-                peak = peak.view(-1, site.repeat, site.head_dim).amax(1).flatten()
-            s = channel_factors(peak, power)
+            s = channel_factors(site.written(peaks[site.linears[0]]), power)
             site.fold(s)
             peaks |= {linear: peaks[linear] / site.seen(s) for linear in site.linears}
     return model, peaks
