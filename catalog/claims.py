@@ -12,7 +12,8 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from functools import partial
+from itertools import pairwise, product
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from requant.catalog.entry import (
     reported,
 )
 from requant.catalog.files import sha256
+from requant.catalog.sharing import all_of, shared
 
 REPRODUCED, CONTRADICTED, NOT_RUN = "reproduced", "contradicted", "not run"
 Values = dict[str, float]
@@ -154,13 +156,17 @@ def _check_order(order: tuple[str, ...], low: Values, high: Values, margin: floa
 
 
 def _ordering(paper: Paper, claim: OrderingClaim, _options: Options) -> Measurement:
+    size = (claim.calib.n_samples, claim.calib.seqlen)
+    wanted = list(product(claim.runs.items(), claim.seeds))
+    evaluations = all_of(
+        [
+            partial(Context(seed).run, run.impl, run.config, run.model, claim.protocol, size)
+            for (_name, run), seed in wanted
+        ]
+    )
     losses: dict[str, list[float]] = {}
-    for name, run in claim.runs.items():
-        for seed in claim.seeds:
-            evaluation = Context(seed).run(
-                run.impl, run.config, run.model, claim.protocol, (claim.calib.n_samples, claim.calib.seqlen)
-            )
-            losses.setdefault(name, []).append(evaluation.nll)
+    for ((name, _run), _seed), evaluation in zip(wanted, evaluations, strict=True):
+        losses.setdefault(name, []).append(evaluation.nll)
     low, high = ({name: pick(values) for name, values in losses.items()} for pick in (min, max))
     holds, gaps = _check_order(claim.order, low, high, claim.margin)
     means = {name: math.fsum(values) / len(values) for name, values in losses.items()}
@@ -225,15 +231,14 @@ def _quant_linear(packed: Mapping[str, torch.Tensor], cfg: object):
 def _finding(paper: Paper, claim: FindingClaim, _options: Options) -> Measurement:
     if claim.function is None:
         raise NotHere("no experiment on a small model is written for this finding")
-    values = dict(_experiment(paper.impl, claim.function))
+    values = dict(shared(f"{paper.impl}.{claim.function}", partial(_experiment, paper.impl, claim.function)))
     holds, gaps = _check_order(claim.order, values, values, claim.margin or 0.0)
     return _outcome(paper, claim, values, _verdict(holds), gaps)
 
 
-@functools.cache
-def _experiment(impl: str, function: str) -> tuple[tuple[str, float], ...]:
+def _experiment(impl: str, function: str) -> list[tuple[str, float]]:
     rows = getattr(load_impl(impl), function)(Context())
-    return tuple((row["name"], float(row["value"])) for row in rows)
+    return [(row["name"], float(row["value"])) for row in rows]
 
 
 def _published(paper: Paper, claim: MeasuredClaim, options: Options) -> Measurement:

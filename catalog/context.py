@@ -12,9 +12,11 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from requant.catalog.corpus import Checks
 from requant.catalog.evaluate import Evaluation, evaluate
 from requant.catalog.protocols import get_protocol
 from requant.catalog.reference import models
+from requant.catalog.sharing import shared
 
 ORDERING_PROTOCOL = "reference-kjv-256-spread/1"  # of orderings and findings
 
@@ -86,15 +88,21 @@ class Context:
         model: str = "reference",
         protocol: str = ORDERING_PROTOCOL,
         calib: tuple[int, int] = (64, 256),
+        *,
+        wait: bool = True,
     ) -> Evaluation:
-        """Quantize a reference model with a method (`none`: leave it) and evaluate it; cached within the process.
+        """Quantize a reference model with a method (`none`: leave it) and evaluate it, once in a session.
 
         This context's seed draws the calibration tokens and, where the method has a seed, is the method's
         as well. Runs of data-free methods are shared by all seeds and calibration sizes.
+        Raises: sharing.Busy, if another process is at this run and `wait` is false.
         """
         data_free = impl == "none" or getattr(load_impl(impl), "DATA_FREE", False)
         sampling = ((0, 0), 0) if data_free else (calib, self.seed)
-        return _run(impl, json.dumps(dict(config), sort_keys=True), model, protocol, *sampling)
+        what = (impl, json.dumps(dict(config), sort_keys=True), model, protocol, *sampling)
+        found = shared(repr(what), lambda: dataclasses.asdict(_run(*what)), wait=wait)
+        checks, first_tokens = Checks(**found["checks"]), tuple(found["first_tokens"])
+        return Evaluation(**found | {"checks": checks, "first_tokens": first_tokens})
 
 
 @functools.lru_cache(maxsize=16)
@@ -107,7 +115,6 @@ def _layer(name: str, model: str, n_tokens: int, seed: int) -> tuple[Tensor, Ten
     return linear.weight.detach(), seen[0][:n_tokens]
 
 
-@functools.cache
 def _run(impl: str, config: str, model: str, protocol: str, calib: tuple[int, int], seed: int) -> Evaluation:
     context = Context(seed)
     network = context.reference(model)

@@ -1,11 +1,13 @@
-"""Claims measured in several processes, one entry each at a time: claims of one entry share quantized models.
+"""Claims measured in several processes, which leave what they evaluate for one another (sharing.py).
 
-Every process computes with one thread, so that the bits of a result do not depend on how many there are. Each claim
-comes back as soon as it is measured. A process that dies costs the claim it was at: a new one goes on with the next.
+The claims of one entry on checkpoints stay in one process, which then loads each checkpoint once. Every process
+computes with one thread, so that the bits of a result do not depend on how many there are. Each claim comes back as
+soon as it is measured. A process that dies costs the claim it was at: a new one goes on with the next.
 """
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -20,6 +22,7 @@ from pathlib import Path
 from requant.catalog.claims import NOT_RUN, Measurement, Options, measure, measure_all
 from requant.catalog.entry import Claim, Paper, reported
 from requant.catalog.loader import load_catalog
+from requant.catalog.sharing import session
 
 _SPAWN = multiprocessing.get_context("spawn")
 
@@ -39,7 +42,7 @@ def one_thread() -> None:
 
 @dataclass
 class _Task:
-    """Claims of one entry that are still to be measured, the one in flight first."""
+    """Claims of one entry that one process measures, those still to be measured; the one in flight first."""
 
     paper: Paper
     claims: deque[str]
@@ -73,29 +76,33 @@ def measure_many(
     A claim whose process dies (out of memory, killed) gets a record that says so, like any other error.
     Closing the iterator ends the processes.
     """
-    chosen = [
-        _Task(paper, deque(claim.id for claim in paper.claims if only(paper, claim))) for paper in papers
-    ]
-    chosen = [task for task in chosen if task.claims]
+    chosen = [task for paper in papers for task in _tasks(paper, only)]
     if jobs <= 1 or len(chosen) <= 1:
         one_thread()
         for task in chosen:
             wanted = frozenset(task.claims)
             yield from measure_all([task.paper], options, lambda claim, wanted=wanted: claim.id in wanted)
         return
-    chosen.sort(
-        key=lambda task: -sum(claim.runs_on_reference for claim in task.paper.claims)
-    )  # longest first
     waiting, workers = deque(chosen), []
-    try:
-        while waiting or any(worker.task for worker in workers):
-            _hand_out(waiting, workers, min(jobs, len(chosen)), folder, options)
-            for pipe in wait([worker.pipe for worker in workers if worker.task]):
-                worker = next(worker for worker in workers if worker.pipe is pipe)
-                yield _collect(worker, waiting, workers)
-    finally:
-        for worker in workers:
-            worker.stop()
+    with session():
+        try:
+            while waiting or any(worker.task for worker in workers):
+                _hand_out(waiting, workers, min(jobs, len(chosen)), folder, options)
+                for pipe in wait([worker.pipe for worker in workers if worker.task]):
+                    worker = next(worker for worker in workers if worker.pipe is pipe)
+                    yield _collect(worker, waiting, workers)
+        finally:
+            for worker in workers:
+                worker.stop()
+
+
+def _tasks(paper: Paper, only: Callable[[Paper, Claim], bool]) -> list[_Task]:
+    """One task a claim on the reference model, one for all claims on checkpoints."""
+    groups: dict[str, deque[str]] = {}
+    for claim in paper.claims:
+        if only(paper, claim):
+            groups.setdefault(claim.id if claim.runs_on_reference else "", deque()).append(claim.id)
+    return [_Task(paper, claims) for claims in groups.values()]
 
 
 def _hand_out(
@@ -137,12 +144,13 @@ def _work(pipe: Connection, folder: Path, options: Options | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its processes
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process().sentinel,), daemon=True).start()
     one_thread()
+    load = functools.cache(lambda name: load_catalog(folder, ids={name}).papers[name])
     while True:
         try:
             name, claims = pipe.recv()
         except EOFError:
             return
-        paper = load_catalog(folder, ids={name}).papers[name]
+        paper = load(name)
         for claim in claims:
             pipe.send(measure(paper, paper.claim(claim), options))
 

@@ -1,13 +1,15 @@
 """Options, determinism, visible progress and the closing table of `pytest -k paper`.
 
 Tests run in as many processes as there are cores (pytest-xdist), each with one thread: the bits of a result then do
-not depend on the number of cores. Claims of one entry share quantized models, so they stay in one process.
+not depend on the number of cores. Claims on the reference model are spread over them and share what they evaluate.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,8 @@ if not torch.cuda.is_available():  # has to be there before triton is imported
 
 from requant.catalog.claims import NOT_RUN, Measurement
 from requant.catalog.ledger import record, records_json
+from requant.catalog.loader import load_catalog
+from requant.catalog.sharing import session
 
 MEASUREMENTS = pytest.StashKey[list[Measurement]]()
 PROPERTY = "measurement"
@@ -35,6 +39,9 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     config.pluginmanager.register(ClaimProgress(config))
+    together = ExitStack()
+    together.enter_context(session())  # of the first process; those it starts find it open
+    config.add_cleanup(together.close)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -53,25 +60,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """Give the claims of one entry, and the tests of any other file, to one process: they share models and fixtures.
+    """Tests that should share models and fixtures stay in one process, see `group_of`.
 
     The groups of pytest-xdist 3.8 are marks that it hides in node ids, where pytest 9.2 no longer reads them.
     """
     from xdist.scheduler import LoadScopeScheduling
 
-    class ByEntry(LoadScopeScheduling):
+    papers = load_catalog().papers.values()
+    alone = {
+        f"{paper.id}-{claim.id}" for paper in papers for claim in paper.claims if claim.runs_on_reference
+    }
+
+    class ByGroup(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return group_of(nodeid)
+            return group_of(nodeid, alone)
 
-    return ByEntry(config, log)
+    return ByGroup(config, log)
 
 
-def group_of(nodeid: str) -> str:
-    """`tests/test_paper_claims.py::test_claim[gptq-w3]` -> `gptq`; of other tests the file."""
+def group_of(nodeid: str, alone: Collection[str]) -> str:
+    """A claim in `alone` is a group with its power test, other claims belong to their entry, other tests to their file.
+
+    `tests/test_paper_claims.py::test_claim[gptq-w3]` -> `gptq-w3`, or `gptq` for a claim on a checkpoint.
+    """
     file, _, test = nodeid.partition("::")
     if not file.endswith("test_paper_claims.py"):
         return file
-    return test.partition("[")[2].partition("-")[0]
+    claim = test.partition("[")[2].removesuffix("]")
+    return claim if claim in alone else claim.partition("-")[0]
 
 
 def _measurement(report: pytest.TestReport) -> Measurement | None:
