@@ -14,7 +14,7 @@ Deviates  queries and keys are not moved: rotary embedding does not commute with
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from requant.reference_impls import _quant, gptq
 from requant.reference_impls._activation import QuantInput, transform_attention
 from requant.reference_impls._anatomy import BlockAnatomy, anatomy, require_pre_norm
-from requant.reference_impls._kmeans import weighted_kmeans
+from requant.reference_impls._channel_order import reader_groups, reorder_channels
+from requant.reference_impls._clusters import Ranges, Rounding, cluster, cluster_heads, codes_of, grid, spread
 from requant.reference_impls._quant import QuantizationError
 from requant.reference_impls._rotation import heads
 from requant.reference_impls._walk import Block, check_calib, copy_model, replace_module, walk_blocks
@@ -56,96 +57,6 @@ class Config:
 
 
 TINY = {"kmeans_restarts": 2, "hidden_clusters": 8, "down_clusters": 8}
-
-
-# --- clusters and grids -----------------------------------------------------------------------------------------------
-
-
-def cluster(features: Tensor, n_clusters: int, cfg: Config) -> Tensor:
-    """k-means on the features [n_channels, f], the best of some restarts: labels [n_channels], from 0 without gaps.
-
-    The features of a channel are its largest and its smallest value over all calibration tokens.
-    """
-    if n_clusters >= len(features):
-        return torch.arange(len(features))
-    generator = torch.Generator().manual_seed(cfg.seed)
-    points = features.T.expand(cfg.kmeans_restarts, -1, -1).contiguous()  # [restarts, f, n_channels]
-    equal = torch.ones(cfg.kmeans_restarts, len(features))
-    centroids, _ = weighted_kmeans(points, equal, n_clusters, 300, generator)
-    distance, labels = torch.cdist(points.mT, centroids).min(-1)  # [restarts, n_channels]
-    best = int(distance.square().sum(-1).argmin())
-    return labels[best].unique(return_inverse=True)[1]
-
-
-def cluster_heads(features: Tensor, n_clusters: int, cfg: Config) -> Tensor:
-    """`cluster` inside each head: features [n_heads, head_dim, f] -> labels [n_heads * head_dim], all different."""
-    labels, start = [], 0
-    for head in features:
-        labels.append(cluster(head, n_clusters, cfg) + start)
-        start = int(labels[-1].max()) + 1
-    return torch.cat(labels)
-
-
-def spread(labels: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """The outermost range of each channel's cluster: low, high [..., n_channels] -> the same shapes."""
-    index = labels.expand_as(low)
-    ends = []
-    for x, how in ((low, "amin"), (high, "amax")):
-        found = x.new_zeros(*x.shape[:-1], int(labels.max()) + 1)
-        ends.append(found.scatter_reduce(-1, index, x, how, include_self=False).gather(-1, index))
-    return ends[0], ends[1]
-
-
-def grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Step (high - low) / 2^b, not over 2^b - 1, and rounded zero point -(high + low) / (2 step) of signed codes."""
-    scale = ((high - low) * 2.0**-bits).clamp(1e-4, 1e4)
-    return scale, (-(high + low) / (2 * scale)).clamp(-1e4, 1e4).round()
-
-
-def codes_of(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """clamp(round(x / scale) + zero_point, -2^(b-1), 2^(b-1) - 1)."""
-    return ((x / scale).round() + zero_point).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-
-
-@dataclass
-class Rounding:
-    """Static rounding of [..., n_channels], or of [n, heads, seqlen, head_dim] with one grid a head and channel."""
-
-    scale: Tensor
-    zero_point: Tensor
-    bits: int
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return _quant.dequantize(
-            codes_of(x, self.scale, self.zero_point, self.bits), self.scale, self.zero_point
-        )
-
-
-@dataclass
-class Ranges:
-    """Extremes of each channel: of each calibration sequence, [n_channels], in order."""
-
-    low: list[Tensor] = field(default_factory=list)
-    high: list[Tensor] = field(default_factory=list)
-
-    def see(self, x: Tensor) -> None:
-        """x: [n, seqlen, n_channels]."""
-        low, high = torch.aminmax(x, dim=1)
-        self.low += low.unbind()
-        self.high += high.unbind()
-
-    def features(self) -> Tensor:
-        """(max, min) over all tokens: [n_channels, 2]."""
-        return torch.stack([torch.stack(self.high).amax(0), torch.stack(self.low).amin(0)], -1)
-
-    def rounding(self, labels: Tensor, bits: int, ema: float) -> Rounding | None:
-        """The grid of each cluster: outermost of its channels' running averages; None for 16 bits."""
-        if bits >= 16:
-            return None
-        ends = [side[0] for side in (self.low, self.high)]
-        for new in zip(self.low[1:], self.high[1:], strict=True):
-            ends = [end * ema + x * (1 - ema) for end, x in zip(ends, new, strict=True)]
-        return Rounding(*grid(*spread(labels, *ends), bits), bits)
 
 
 # --- one layer --------------------------------------------------------------------------------------------------------
@@ -212,29 +123,10 @@ def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
-class ReorderedNorm(nn.Module):
-    """A norm whose output channels come in another order."""
-
-    def __init__(self, norm: nn.Module, order: Tensor):
-        super().__init__()
-        self.norm = norm
-        self.register_buffer("order", order)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x)[..., self.order]
-
-
-def _move_rows(linear: nn.Linear, rows: Tensor, order: Tensor) -> None:
-    """The given output rows of a linear, in another order; in place."""
-    linear.weight[rows] = linear.weight[rows[order]]
-    if linear.bias is not None:
-        linear.bias[rows] = linear.bias[rows[order]]
-
-
 def _observe(block: Block, parts: BlockAnatomy, model: nn.Module, cfg: Config) -> dict[object, Ranges]:
-    """Ranges of the inputs of the linears (by the first of each stage) and of q, k, v, in one pass."""
-    stages = _stages(parts)
-    found: dict[object, Ranges] = {stage[0]: Ranges() for stage in stages} | {x: Ranges() for x in "qkv"}
+    """Ranges of the inputs of the linears (by the first of each group) and of q, k, v, in one pass."""
+    first = [group[0] for group in reader_groups(parts)]
+    found: dict[object, Ranges] = {key: Ranges() for key in (*first, *"qkv")}
     seqlen = block.inputs[0].shape[1]
 
     def see(*qkv: Tensor) -> tuple[Tensor, ...]:
@@ -243,13 +135,9 @@ def _observe(block: Block, parts: BlockAnatomy, model: nn.Module, cfg: Config) -
         return qkv
 
     transform_attention(model, parts.attn, see, _probabilities if cfg.a_bits < 16 else None)
-    readers = {str(i): stage[0] for i, stage in enumerate(stages)}
+    readers = {str(i): linear for i, linear in enumerate(first)}
     block.observe(readers, lambda name, X: found[readers[name]].see(X.unflatten(0, (-1, seqlen))))
     return found
-
-
-def _stages(parts: BlockAnatomy) -> list[list[nn.Linear]]:
-    return [*(readers for _norm, readers in parts.norm_groups), [parts.o], [parts.down]]
 
 
 def _probabilities(x: Tensor) -> Tensor:
@@ -287,30 +175,6 @@ def _repeated(labels: Tensor, n_kv: int, repeat: int) -> Tensor:
     return labels.view(n_kv, 1, -1).expand(-1, repeat, -1).flatten()
 
 
-def _reorder(parts: BlockAnatomy, config, labels: dict) -> dict[object, Tensor]:
-    """Move channels into cluster order, norms by a gather and linears by their rows and columns; in place.
-
-    Returns: the order of each tensor moved: place -> channel.
-    """
-    orders = {key: one.argsort(stable=True) for key, one in labels.items() if key not in ("q", "k")}
-    geometry, width = heads(parts, config), parts.down.in_features
-    size, repeat = geometry.head_dim, geometry.n_heads // geometry.n_kv_heads
-    within = orders["v"].view(-1, size) % size  # [n_kv_heads, head_dim]
-    first = torch.arange(geometry.n_heads)[:, None] * size
-    orders[parts.o] = (within.repeat_interleave(repeat, 0) + first).flatten()
-    for norm, readers in parts.norm_groups:
-        name = next(name for name, module in parts.block.named_modules() if module is norm)
-        replace_module(parts.block, name, ReorderedNorm(norm, orders[readers[0]]))
-    for readers in _stages(parts):
-        for linear in readers:
-            linear.weight.copy_(linear.weight[:, orders[readers[0]]])
-    _move_rows(geometry.value, geometry.value_rows, orders["v"])
-    for linear in parts.ups:
-        for rows in torch.arange(linear.out_features).split(width):
-            _move_rows(linear, rows, orders[parts.down])
-    return orders
-
-
 def _heads_first(one: Rounding | None, n_heads: int) -> Callable[[Tensor], Tensor]:
     if one is None:
         return lambda x: x
@@ -333,11 +197,11 @@ def reorder(model: nn.Module, calib: Tensor | None, cfg: Config, rounding: bool 
         labels = _clusters(parts, model.config, found, cfg)
         hessians = block.hessians() if rounding else {}
         names = {linear: name for name, linear in block.module.named_modules()}
-        orders = _reorder(parts, model.config, labels)
+        orders = reorder_channels(parts, model.config, labels)
         parts.attn.requant_transform = parts.attn.requant_weigh = None
         if not rounding:
             continue
-        for readers in _stages(parts):
+        for readers in reader_groups(parts):
             key = readers[0]
             order, bits = orders[key], cfg.a_bits
             if key in (parts.qkv[0], parts.ups[0]) and bits < 16:

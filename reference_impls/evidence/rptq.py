@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from requant.reference_impls import _quant
+from requant.reference_impls._clusters import Ranges, Rounding, cluster, grid
 from requant.reference_impls._hessian import proxy_loss
-from requant.reference_impls.rptq import Config, Ranges, Rounding, cluster, grid, reorder, round_weight
+from requant.reference_impls.rptq import Config, reorder, round_weight
 
 
 def reordering_keeps_logits(ctx) -> float:
