@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as product
 
-from requant.reference_impls.llm_fp4 import Config, Format, search_linear
+from requant.reference_impls._float_grid import Format
+from requant.reference_impls.llm_fp4 import Config, search_linear
 
 _ALL = [Format(bits - 1 - m, m) for bits in (4, 6, 8) for m in range(max(0, bits - 6), bits - 1)]
 
