@@ -121,6 +121,11 @@ def transform_attention(
     attention.requant_transform, attention.requant_weigh = transform, weigh
 
 
+def one_each(*ways: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    """For `transform_attention`: one function for queries, one for keys and one for values."""
+    return lambda *qkv: tuple(way(x) for way, x in zip(ways, qkv, strict=True))
+
+
 def _register(base: str) -> None:
     def attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
         transform = getattr(module, "requant_transform", None)

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls._hessian import damped, inverse_cholesky
-from requant.reference_impls._quant import pack_bits, unpack_bits
+from requant.reference_impls._quant import check_choices, pack_bits, unpack_bits
 from requant.reference_impls._walk import check_calib, copy_model, named_linears, walk_blocks
 
 COMPENSATIONS = ("diagonal", "solve", "none")
-_BREAK_POINTS = ("quantile", "quantile_with_zeros", "max")
 
 
 @dataclass(frozen=True)
@@ -210,9 +209,7 @@ def binarize_columns(W: Tensor, H: Tensor, cfg: Config) -> Iterator[Block]:
 
 
 def _check(cfg: Config) -> None:
-    for name, choices in (("compensation", COMPENSATIONS), ("break_points", _BREAK_POINTS)):
-        if getattr(cfg, name) not in choices:
-            raise ValueError(f"{name} {getattr(cfg, name)!r} is unknown; choose one of {', '.join(choices)}")
+    check_choices(cfg, compensation=COMPENSATIONS, break_points=("quantile", "quantile_with_zeros", "max"))
     if not 1 <= cfg.min_salient <= cfg.max_salient:
         raise ValueError(f"need 1 <= min_salient <= max_salient, got {cfg.min_salient} and {cfg.max_salient}")
     for name in ("block_size", "search_terms", "n_break_points"):

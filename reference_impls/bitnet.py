@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from requant.reference_impls._anatomy import block_anatomies
-from requant.reference_impls._quant import QuantizationError, pack_bits, unpack_bits
+from requant.reference_impls._quant import QuantizationError, check_choices, pack_bits, unpack_bits
 from requant.reference_impls._walk import (
     UnsupportedModelError,
     check_calib,
@@ -256,13 +256,7 @@ def _train(model: nn.Module, tokens: Tensor, cfg: Config) -> None:
 
 def _check(model: nn.Module, calib: Tensor | None, cfg: Config) -> None:
     check_calib(calib)
-    for name, known in (
-        ("linear", ("bit", "full", "post")),
-        ("norm", ("sub", "pre")),
-        ("embeddings", ("new", "kept")),
-    ):
-        if getattr(cfg, name) not in known:
-            raise ValueError(f"{name} {getattr(cfg, name)!r} is unknown; choose one of {', '.join(known)}")
+    check_choices(cfg, linear=("bit", "full", "post"), norm=("sub", "pre"), embeddings=("new", "kept"))
     if not 0 <= cfg.warmup < cfg.updates:
         raise ValueError(f"warmup {cfg.warmup}, updates {cfg.updates}: need 0 <= warmup < updates")
     if calib.shape[1] < 2:

@@ -32,7 +32,7 @@ from requant.reference_impls._coded_cache import (
     use_windowed_attention,
 )
 from requant.reference_impls._kmeans import weighted_kmeans
-from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._walk import check_calib, copy_model
 
 Samples = tuple[Tensor, Tensor]  # vectors [n_tokens, n_groups, c], weights [n_tokens, n_groups]
@@ -148,8 +148,7 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
     Raises: QuantizationError for a Config that does not fit; UnsupportedModelError where keys cannot be reached.
     """
     check_calib(calib)
-    if cfg.codebook not in ("fisher", "kmeans", "integer"):
-        raise QuantizationError(f"codebook {cfg.codebook!r} is unknown; choose fisher, kmeans or integer")
+    check_choices(cfg, codebook=("fisher", "kmeans", "integer"))
     if cfg.codebook == "integer" and cfg.channels != 1:
         raise QuantizationError(f"an integer grid couples nothing: channels must be 1, not {cfg.channels}")
     if not 1 <= cfg.code_bits <= 16:

@@ -24,7 +24,7 @@ from requant.reference_impls._activation import transform_attention, transform_i
 from requant.reference_impls._anatomy import anatomy, block_anatomies, require_pre_norm
 from requant.reference_impls._equivalence import Site, sites
 from requant.reference_impls._hadamard import hadamard_transform, random_orthogonal
-from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._walk import Block, check_calib, copy_model, walk_blocks
 
 TINY = {"block_size": 32, "max_rotation_step": 8}
@@ -46,11 +46,6 @@ class Config:
     permutation_times: int = 1  # code, --permutation_times: permutations, each with one more rotation
     construction: str = "paper"  # or "released": the code's base matrix and choice of channel
     seed: int = 0  # of the random completions
-
-
-def _check(cfg: Config) -> None:
-    if cfg.construction not in ("paper", "released"):
-        raise QuantizationError(f"construction is {cfg.construction!r}; choose paper or released")
 
 
 # --- the dual transformation (Sec. 3.2) -----------------------------------------------------------------------------
@@ -211,7 +206,7 @@ def transform(model: nn.Module, calib: Tensor, cfg: Config, rounding: bool = Fal
     Transforms are searched block by block on a single sequence: the mean over samples of the first block's inputs.
     Without rounding the copy computes the same function.
     """
-    _check(cfg)
+    check_choices(cfg, construction=("paper", "released"))
     check_calib(calib)
     model = copy_model(model)
     if cfg.alpha is not None:

@@ -18,7 +18,7 @@ from requant.reference_impls import _codebook, _quant, gptq
 from requant.reference_impls._codebook import Coded, made_definite, objective
 from requant.reference_impls._gradients import output_gradients
 from requant.reference_impls._hessian import gram
-from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._walk import (
     Block,
     check_calib,
@@ -28,7 +28,6 @@ from requant.reference_impls._walk import (
     walk_blocks,
 )
 
-_QUANTIZERS = ("lnq", "kmeans", "gptq")
 _KMEANS_ROUNDS = 50  # code, flash1dkmeans call
 _BATCH_TOKENS = 2048  # of one backward pass
 
@@ -48,10 +47,7 @@ class Config:
     seed: int = 0  # k-means++
 
     def __post_init__(self) -> None:
-        if self.quantizer not in _QUANTIZERS:
-            raise QuantizationError(
-                f"quantizer is {self.quantizer!r}; choose one of {', '.join(_QUANTIZERS)}"
-            )
+        check_choices(self, quantizer=("lnq", "kmeans", "gptq"))
 
 
 # --- guidance: what the loss says about outputs and weights -----------------------------------------------------------

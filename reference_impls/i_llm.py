@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import _learn, _quant
-from requant.reference_impls._activation import QuantInput, transform_attention
+from requant.reference_impls._activation import QuantInput, one_each, transform_attention
 from requant.reference_impls._anatomy import anatomy, block_anatomies
 from requant.reference_impls._dyadic import constant
 from requant.reference_impls._equivalence import Folded, query_key, sites
@@ -29,7 +29,7 @@ from requant.reference_impls._integer_block import (
     DIMatMul,
     IntegerBlock,
 )
-from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._rotation import heads
 from requant.reference_impls._walk import (
     Block,
@@ -69,8 +69,7 @@ class Config:
     seed: int = 0  # order of the samples (code: 2)
 
     def __post_init__(self) -> None:
-        if self.smoothing not in ("full", "partial", "none"):
-            raise QuantizationError(f"smoothing is {self.smoothing!r}; choose full, partial or none")
+        check_choices(self, smoothing=("full", "partial", "none"))
         if not (2 <= self.w_bits <= 8 and 2 <= self.a_bits <= 8 and 2 <= self.kv_bits <= 8):
             raise QuantizationError("w_bits, a_bits and kv_bits must be from 2 to 8")
 
@@ -141,9 +140,7 @@ class Smoothing(nn.Module):
                 root, names[id(linear)], QuantInput(linear, before, inner if role == "up" else None)
             )
         widths = (cfg.a_bits, cfg.kv_bits, cfg.kv_bits)
-        attn.requant_transform = lambda *qkv: tuple(
-            _learn.token_ste(x, bits) for x, bits in zip(qkv, widths, strict=True)
-        )
+        attn.requant_transform = one_each(*(partial(_learn.token_ste, bits=bits) for bits in widths))
 
     @torch.no_grad()
     def push_away(self) -> None:

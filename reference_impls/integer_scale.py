@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import _quant, gptq
-from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._walk import (
     check_calib,
     copy_model,
@@ -40,8 +40,7 @@ class Config:
     integer: bool = True  # False = float group scales, the scheme it is compared with
 
     def __post_init__(self) -> None:
-        if self.rounding not in ("rtn", "gptq"):
-            raise QuantizationError(f"rounding is {self.rounding!r}; choose rtn or gptq")
+        check_choices(self, rounding=("rtn", "gptq"))
         if not (2 <= self.w_bits <= 8 and 2 <= self.a_bits <= 8):
             raise QuantizationError("w_bits and a_bits must be from 2 to 8: codes are 8-bit integers")
         if self.amplifier is not None and (self.amplifier < 1 or self.amplifier & (self.amplifier - 1)):

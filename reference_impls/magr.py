@@ -20,12 +20,11 @@ from torch import Tensor, nn
 
 from requant.reference_impls import _quant, gptq
 from requant.reference_impls._hessian import coordinate_sweep, damped
-from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._walk import check_calib
 from requant.reference_impls._weights import quantize_blockwise
 
 ERROR_FLOOR = 0.05  # the preprocessed weight is what is rounded, at any width
-_QUANTIZERS = ("optq", "rtn", "none")
 _NEWTON_STEPS = 50  # far more than it takes; the loop ends when no threshold moves
 
 
@@ -47,10 +46,7 @@ class Config:
     block_size: int = 128  # code: columns per lazy batch of OPTQ
 
     def __post_init__(self) -> None:
-        if self.quantizer not in _QUANTIZERS:
-            raise QuantizationError(
-                f"quantizer is {self.quantizer!r}; choose one of {', '.join(_QUANTIZERS)}"
-            )
+        check_choices(self, quantizer=("optq", "rtn", "none"))
 
     @property
     def kept_range(self) -> float:

@@ -22,7 +22,7 @@ from requant.reference_impls._activation import QuantInput, StaticRange, transfo
 from requant.reference_impls._anatomy import anatomy, block_anatomies, require_pre_norm
 from requant.reference_impls._equivalence import Folded, query_key, sites
 from requant.reference_impls._learn import ClippingStrengths, cosine_decay, descend, floored, in_order
-from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._quant import check_choices
 from requant.reference_impls._walk import (
     Block,
     check_calib,
@@ -63,8 +63,7 @@ class Config:
     tie_rotary: bool = True  # the code leaves the query-key scales of a rotary pair free (False)
 
     def __post_init__(self) -> None:
-        if self.w_granularity not in ("per_tensor", "per_channel"):
-            raise QuantizationError(f"w_granularity {self.w_granularity!r} is not per_tensor or per_channel")
+        check_choices(self, w_granularity=("per_tensor", "per_channel"))
 
 
 # --- static ranges --------------------------------------------------------------------------------------------------

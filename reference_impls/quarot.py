@@ -28,7 +28,7 @@ from requant.reference_impls._hadamard import (
     random_hadamard,
     random_orthogonal,
 )
-from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._rotation import (
     fuse_norms,
     heads,
@@ -70,12 +70,7 @@ class Config:
 
 
 def _check(cfg: Config) -> None:
-    for name, value, known in (
-        ("rounding", cfg.rounding, ("gptq", "rtn")),
-        ("rotation", cfg.rotation, ("hadamard", "orthogonal", "none")),
-    ):
-        if value not in known:
-            raise QuantizationError(f"{name} is {value!r}; choose one of {', '.join(known)}")
+    check_choices(cfg, rounding=("gptq", "rtn"), rotation=("hadamard", "orthogonal", "none"))
 
 
 # --- Stage 1: rotation ------------------------------------------------------------------------------------------

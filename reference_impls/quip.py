@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from requant.reference_impls import _quant
 from requant.reference_impls._hessian import damped
-from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._walk import copy_model, named_linears, walk_blocks
 
 # Relative error left at any width: the grid ends at 2.4 root mean squares, and what it clips (about 0.3 % of
@@ -233,8 +233,7 @@ def round_weights(Z: Tensor, H: Tensor, cfg: Config, generator: torch.Generator)
 
 
 def _check(cfg: Config) -> None:
-    if cfg.rounding not in ("ldlq", "nearest", "greedy"):
-        raise ValueError(f"rounding must be 'ldlq', 'nearest' or 'greedy', got {cfg.rounding!r}")
+    check_choices(cfg, rounding=("ldlq", "nearest", "greedy"))
     if cfg.rounding == "greedy" and cfg.greedy_passes < 1:
         raise ValueError(f"rounding 'greedy' needs greedy_passes of 1 or more, got {cfg.greedy_passes}")
     if cfg.stochastic and (cfg.greedy_passes or cfg.rounding == "greedy"):

@@ -22,7 +22,7 @@ from requant.reference_impls._activation import bare, transform_attention, trans
 from requant.reference_impls._anatomy import block_anatomies
 from requant.reference_impls._hadamard import random_orthogonal
 from requant.reference_impls._hessian import damped, gram
-from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._rotation import (
     fuse_norms,
     hadamard_before,
@@ -69,9 +69,7 @@ class Config:
 
 
 def _check(cfg: Config) -> None:
-    for name, known in (("rounding", ("gptq", "rtn")), ("subspace", ("principal", "channels"))):
-        if getattr(cfg, name) not in known:
-            raise QuantizationError(f"{name} is {getattr(cfg, name)!r}; choose one of {', '.join(known)}")
+    check_choices(cfg, rounding=("gptq", "rtn"), subspace=("principal", "channels"))
     if not 0 <= cfg.high_fraction < 1:
         raise QuantizationError(f"high_fraction is {cfg.high_fraction}; choose a share in [0, 1)")
 

@@ -13,14 +13,14 @@ Deviates  queries and keys are not moved: rotary embedding does not commute with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import _quant, gptq
-from requant.reference_impls._activation import QuantInput, transform_attention
+from requant.reference_impls._activation import QuantInput, one_each, transform_attention
 from requant.reference_impls._anatomy import BlockAnatomy, anatomy, require_pre_norm
 from requant.reference_impls._channel_order import reader_groups, reorder_channels
 from requant.reference_impls._clusters import Ranges, Rounding, cluster, cluster_heads, codes_of, grid, spread
@@ -235,10 +235,7 @@ def _round_attention(
             )
         ways.append(_heads_first(static, n_heads[name]))
 
-    def transform(*qkv: Tensor) -> Sequence[Tensor]:
-        return tuple(way(x) for way, x in zip(ways, qkv, strict=True))
-
-    transform_attention(model, parts.attn, transform, _probabilities if cfg.a_bits < 16 else None)
+    transform_attention(model, parts.attn, one_each(*ways), _probabilities if cfg.a_bits < 16 else None)
 
 
 def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from requant.reference_impls import _mixed, _quant, gptq
 from requant.reference_impls._hessian import damped, inverse_cholesky
-from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._walk import Block, check_calib, copy_model, named_linears, walk_blocks
 
 TINY = {"w_bits": 3, "group_size": 16, "n_grid": 10}
@@ -46,8 +46,7 @@ class Config:
 
 
 def _check(cfg: Config) -> None:
-    if cfg.objective not in OBJECTIVES:
-        raise QuantizationError(f"objective {cfg.objective!r} is none of {', '.join(OBJECTIVES)}")
+    check_choices(cfg, objective=OBJECTIVES)
     if cfg.w_bits < 2:
         raise QuantizationError(f"w_bits {cfg.w_bits} leaves nothing to lend; choose 2 or more")
 

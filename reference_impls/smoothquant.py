@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from requant.reference_impls import _quant
 from requant.reference_impls._activation import QuantInput
 from requant.reference_impls._anatomy import block_anatomies, fold_channel_scale, require_pre_norm
-from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._walk import (
     UnsupportedModelError,
     check_calib,
@@ -32,10 +32,6 @@ from requant.reference_impls._walk import (
 )
 
 _FLOOR = 1e-5  # official code: lower clamp of the weight maxima and of s
-_GRANULARITIES = {
-    "w_granularity": ("per_tensor", "per_channel"),
-    "a_granularity": ("per_token", "per_tensor", "per_tensor_static"),
-}
 
 
 @dataclass(frozen=True)
@@ -51,11 +47,11 @@ class Config:
     static_clip_ratio: float = 0.0  # share of tokens the static scales may clip; 0.02 for GLM-130B (Sec. 5.1)
 
     def __post_init__(self) -> None:
-        for name, values in _GRANULARITIES.items():
-            if getattr(self, name) not in values:
-                raise QuantizationError(
-                    f"{name} is {getattr(self, name)!r}; choose one of {', '.join(values)}"
-                )
+        check_choices(
+            self,
+            w_granularity=("per_tensor", "per_channel"),
+            a_granularity=("per_token", "per_tensor", "per_tensor_static"),
+        )
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise QuantizationError(
                 f"alpha is {self.alpha}; choose a value from 0 to 1, or None for no smoothing"

@@ -31,7 +31,7 @@ from requant.reference_impls._hadamard import (
     random_orthogonal,
 )
 from requant.reference_impls._learn import descend, in_order, next_token_loss, straight_through
-from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._rotation import (
     Heads,
     Rotation,
@@ -87,11 +87,6 @@ class Rotations:
 
     R1: Tensor
     R2: list[Tensor]
-
-
-def _check(cfg: Config) -> None:
-    if cfg.init not in ("hadamard", "orthogonal", "identity"):
-        raise QuantizationError(f"init is {cfg.init!r}; choose hadamard, orthogonal or identity")
 
 
 # --- rotation -------------------------------------------------------------------------------------------------------
@@ -267,7 +262,7 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
 
     Raises: QuantizationError without calib; UnsupportedModelError for a structure or size that cannot be rotated.
     """
-    _check(cfg)
+    check_choices(cfg, init=("hadamard", "orthogonal", "identity"))
     check_calib(calib)
     rotations = learn_rotations(model, calib.to(model.device), cfg)
     rotated, rounding = rotate(model, rotations, cfg), partial(quantize_weight, cfg=cfg)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from requant.reference_impls._ranges import round_between
 from requant.reference_impls.outlier_suppression_plus import (
     Config,
     migrate,
     quantize_weight,
-    round_between,
     scale_of,
     search_scale,
     shift_of,
@@ -48,13 +48,13 @@ def no_channel_is_enlarged(ctx) -> float:
 def _held_out(X: Tensor, W: Tensor, s: Tensor, z: Tensor, cfg: Config) -> float:
     """Squared error of the product on the second half of the tokens, rounded with the range of the first half."""
     seen, unseen = ((half - z) / s for half in X.chunk(2))
-    rounded = round_between(unseen, *seen.aminmax(), cfg)
+    rounded = round_between(unseen, *seen.aminmax(), cfg.a_bits, cfg.symmetric)
     return float((rounded @ quantize_weight(W * s, None, cfg).T - unseen @ (W * s).T).square().sum())
 
 
 def _searched(X: Tensor, W: Tensor, z: Tensor, cfg: Config) -> Tensor:
     """s of the first half of the tokens, by the error of the product itself."""
-    return search_scale(X.chunk(2)[0] - z, [W], [None], lambda outputs: outputs[0], cfg)[0]
+    return search_scale(X.chunk(2)[0] - z, [(W, None)], lambda outputs: outputs[0], cfg)
 
 
 def planted_asymmetry(ctx) -> list[dict]:
