@@ -11,9 +11,10 @@ from torch import Tensor
 from requant.reference_impls._activation import bare
 from requant.reference_impls._anatomy import block_anatomies
 from requant.reference_impls._hadamard import random_orthogonal
+from requant.reference_impls._moments import Moments, collect
 from requant.reference_impls._rotation import fuse_norms
 from requant.reference_impls._walk import copy_model, walk_blocks
-from requant.reference_impls.resq import Config, Moments, collect, mixing, quantize_parts, rotate
+from requant.reference_impls.resq import Config, mixing, quantize_parts, rotate
 
 
 def rotation_keeps_logits(ctx) -> float:
