@@ -19,13 +19,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from requant.reference_impls import _quant, smoothquant
+from requant.reference_impls import _quant
 from requant.reference_impls._activation import transform_attention, transform_inputs
-from requant.reference_impls._anatomy import anatomy, block_anatomies, require_pre_norm
-from requant.reference_impls._equivalence import Site, sites
+from requant.reference_impls._anatomy import anatomy, block_anatomies
 from requant.reference_impls._hadamard import hadamard_transform, random_orthogonal
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._walk import Block, check_calib, copy_model, walk_blocks
+from requant.reference_impls.smoothquant import smooth_sites
 
 TINY = {"block_size": 32, "max_rotation_step": 8}
 ERROR_FLOOR = 0.05  # rows are clipped at 0.8 of their range
@@ -146,31 +146,6 @@ def search_transform(X: Tensor, cfg: Config, generator: torch.Generator) -> Tran
     return Transform(torch.stack(found), torch.stack(orders) if orders else torch.empty(0, d_in))
 
 
-# --- smoothing ------------------------------------------------------------------------------------------------------
-
-
-def _factors(site: Site, peak: Tensor, alpha: float) -> Tensor:
-    """max|X_j|^alpha / max|W_j|^(1 - alpha) for each channel written [channels], over all heads that read it."""
-    weights = [linear.weight for linear in site.linears]
-    if site.repeat > 1:
-        split = (-1, site.repeat, site.head_dim)
-        peak = peak.view(split).amax(1).flatten()
-        weights = [W.unflatten(1, split).transpose(1, 2).reshape(-1, len(peak)) for W in weights]
-    return smoothquant.smoothing_factors(peak, weights, alpha)
-
-
-@torch.no_grad()
-def _smooth(model: nn.Module, calib: Tensor, alpha: float) -> None:
-    """Fold the factors in at both norms, the values and the MLP's inner activation; in place."""
-    require_pre_norm(model)
-    peaks = smoothquant.channel_peaks(model, calib)
-    for parts in block_anatomies(model):
-        places = sites(parts, model.config)
-        factors = [_factors(site, peaks[site.linears[0]], alpha) for site in places]
-        for site, s in zip(places, factors, strict=True):
-            site.fold(s)
-
-
 # --- quantization ---------------------------------------------------------------------------------------------------
 
 
@@ -210,7 +185,7 @@ def transform(model: nn.Module, calib: Tensor, cfg: Config, rounding: bool = Fal
     check_calib(calib)
     model = copy_model(model)
     if cfg.alpha is not None:
-        _smooth(model, calib, cfg.alpha)
+        smooth_sites(model, calib, cfg.alpha)
     if rounding and cfg.kv_bits is not None:
         for parts in block_anatomies(model):
             transform_attention(model, parts.attn, partial(_attend, cfg=cfg))

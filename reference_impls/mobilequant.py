@@ -18,21 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import _quant
-from requant.reference_impls._activation import QuantInput, StaticRange, transform_attention
-from requant.reference_impls._anatomy import anatomy, block_anatomies, require_pre_norm
+from requant.reference_impls._anatomy import anatomy
 from requant.reference_impls._equivalence import Folded, query_key, sites
 from requant.reference_impls._learn import ClippingStrengths, cosine_decay, descend, floored, in_order
 from requant.reference_impls._quant import check_choices
+from requant.reference_impls._static_ranges import StaticRange, simulate
 from requant.reference_impls._walk import (
     Block,
     check_calib,
     copy_model,
     decoder_blocks,
     named_linears,
-    replace_module,
     walk_blocks,
 )
-from requant.reference_impls.smoothquant import channel_peaks, smoothing_factors
+from requant.reference_impls.smoothquant import smooth_sites
 
 ERROR_FLOOR = 0.01  # ranges start clipped to 0.982
 TINY = {"epochs": 1, "batch_size": 8}
@@ -66,49 +65,14 @@ class Config:
         check_choices(self, w_granularity=("per_tensor", "per_channel"))
 
 
-# --- static ranges --------------------------------------------------------------------------------------------------
-
-
-def simulate(model: nn.Module, cfg: Config) -> list[StaticRange]:
-    """Put a StaticRange at every place of the blocks that an integer NPU rounds (Sec. 3.1), in place."""
-    made: list[StaticRange] = []
-
-    def new(bits: int = cfg.a_bits) -> StaticRange:
-        made.append(StaticRange(bits))
-        return made[-1]
-
-    for parts in block_anatomies(model):
-        names = {id(module): name for name, module in parts.block.named_modules()}
-        for norm, _ in parts.norm_groups:
-            replace_module(parts.block, names[id(norm)], nn.Sequential(new(cfg.wide_bits), norm, new()))
-        ranges = parts.attn.ranges = nn.ModuleList([new(), new(), new(cfg.wide_bits)])  # of q, k and softmax
-        transform_attention(
-            model, parts.attn, lambda q, k, v, r=ranges: (r[0](q), r[1](k), v), weigh=ranges[2]
-        )
-        for name in ("act_fn", "activation_fn"):
-            if parts.gate is not None and isinstance(getattr(parts.mlp, name, None), nn.Module):
-                setattr(parts.mlp, name, nn.Sequential(getattr(parts.mlp, name), new()))
-        for linear in named_linears(parts.block).values():
-            wide = linear in (parts.o, parts.down)
-            after = new(cfg.wide_bits if wide else cfg.a_bits)
-            replace_module(parts.block, names[id(linear)], QuantInput(linear, new() if wide else None, after))
-    return made
-
-
 # --- transforms and clipping ----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def smoothed(model: nn.Module, calib: Tensor, cfg: Config) -> nn.Module:
     """A copy with the same function and SmoothQuant's factors (its Eq. 4) at norms and, for scale_up, before down."""
-    require_pre_norm(model)
-    model = copy_model(model)
-    peaks = channel_peaks(model, calib)
-    for parts in block_anatomies(model):
-        for site in sites(parts, model.config):
-            if site.name != "value" and site.writer is not None and (cfg.scale_up or site.name != "up"):
-                weights = [linear.weight for linear in site.linears]
-                site.fold(smoothing_factors(peaks[site.linears[0]], weights, cfg.alpha))
+    model, names = copy_model(model), ("attn_norm", "mlp_norm", *(["up"] if cfg.scale_up else []))
+    smooth_sites(model, calib, cfg.alpha, lambda site: site.name in names and site.writer is not None)
     return model
 
 
@@ -213,7 +177,7 @@ def prepare(
     model = copy_model(original)
     twins = [replace(b, module=module) for b, module in zip(blocks, decoder_blocks(model), strict=True)]
     learners = [MobileBlock(block, model.config, cfg) for block in twins]
-    ranges = simulate(model, cfg)
+    ranges = simulate(model, cfg.a_bits, cfg.wide_bits)
     outputs_of(twins, inputs)
     for each in ranges:
         each.settle()

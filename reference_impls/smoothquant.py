@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from requant.reference_impls import _quant
 from requant.reference_impls._activation import QuantInput
 from requant.reference_impls._anatomy import block_anatomies, fold_channel_scale, require_pre_norm
+from requant.reference_impls._equivalence import Site, sites
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._walk import (
     UnsupportedModelError,
@@ -154,6 +155,33 @@ def smooth(model: nn.Module, calib: Tensor, alpha: float) -> nn.Module:
             s = smoothing_factors(peaks[linears[0]], [linear.weight for linear in linears], alpha)
             fold_channel_scale(norm, linears, s)
     return model
+
+
+def _site_factors(site: Site, peak: Tensor, alpha: float) -> Tensor:
+    """`smoothing_factors` of each channel written [channels], over all heads that read it (grouped queries)."""
+    weights = [linear.weight for linear in site.linears]
+    if site.repeat > 1:
+        split = (-1, site.repeat, site.head_dim)
+        peak = peak.view(split).amax(1).flatten()
+        weights = [W.unflatten(1, split).transpose(1, 2).reshape(-1, len(peak)) for W in weights]
+    return smoothing_factors(peak, weights, alpha)
+
+
+@torch.no_grad()
+def smooth_sites(
+    model: nn.Module, calib: Tensor, alpha: float, wanted: Callable[[Site], bool] = lambda site: True
+) -> None:
+    """Fold Eq. 4's factors in at the sites of `_equivalence` that are wanted, not at norms alone (ours); in place.
+
+    Raises: UnsupportedModelError where a norm's output is not used by linears alone.
+    """
+    require_pre_norm(model)
+    peaks = channel_peaks(model, calib)
+    for parts in block_anatomies(model):
+        places = [site for site in sites(parts, model.config) if wanted(site)]
+        factors = [_site_factors(site, peaks[site.linears[0]], alpha) for site in places]
+        for site, s in zip(places, factors, strict=True):
+            site.fold(s)
 
 
 # --- quantization -----------------------------------------------------------------------------------------------------

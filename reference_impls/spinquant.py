@@ -12,7 +12,7 @@ Deviates  calibration samples serve both stages, in order and again from the sta
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -31,10 +31,9 @@ from requant.reference_impls._hadamard import (
     random_orthogonal,
 )
 from requant.reference_impls._learn import descend, in_order, next_token_loss, straight_through
+from requant.reference_impls._places import places
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._rotation import (
-    Heads,
-    Rotation,
     fuse_norms,
     hadamard_before,
     heads,
@@ -44,11 +43,7 @@ from requant.reference_impls._rotation import (
     stream_ends,
 )
 from requant.reference_impls._stiefel import CayleySGD, orthonormalized
-from requant.reference_impls._walk import (
-    UnsupportedModelError,
-    check_calib,
-    copy_model,
-)
+from requant.reference_impls._walk import UnsupportedModelError, check_calib, copy_model
 from requant.reference_impls._weights import quantize_blockwise, quantize_linears
 
 TINY = {"steps": 2, "batch_size": 2}
@@ -62,9 +57,7 @@ class Config:
     a_bits: int | None = 4  # Table 1; None = not quantized
     kv_bits: int | None = 4  # Table 1; None = not quantized
     group_size: int | None = None  # Table 1: one scale a row; 32 for the ExecuTorch export
-    symmetric: bool = (
-        True  # code, weights; activations and cache are asymmetric (--a_asym, --k_asym, --v_asym)
-    )
+    symmetric: bool = True  # code, weights; activations and cache are not (--a_asym, --k_asym, --v_asym)
     rounding: str = "gptq"  # Table 1, or "rtn"
     clip_search: bool = True  # scripts, --w_clip
     damp_ratio: float = 0.01  # code, --percdamp
@@ -160,57 +153,6 @@ def quantize_flow(model: nn.Module, cfg: Config) -> None:
 # --- learning (Sec. 3.2) --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A tensor that R1 or R2 changes: what reads the stream, what writes to it, values, and what reads values."""
-
-    name: str
-    tensor: Tensor
-    reads: bool = False
-    writes: bool = False
-    layer: int | None = None  # whose R2
-    geometry: Heads | None = None
-    values: bool = False  # the rows of v; else the columns of o
-
-    def rotated(self, R1: Tensor, R2: list[Tensor], rounding: Callable | None) -> Tensor:
-        """The tensor after rotation, differentiable in R1 and R2."""
-        T = self.tensor
-        if self.layer is not None:
-            R, size, rows = R2[self.layer], self.geometry.head_dim, self.geometry.value_rows
-            if not self.values:
-                T = (T.unflatten(1, (-1, size)) @ R).flatten(1)
-            elif T.ndim == 1:
-                T = T.index_copy(0, rows, (T[rows].view(-1, size) @ R).flatten())
-            else:
-                T = T.index_copy(0, rows, (R.T @ T[rows].unflatten(0, (-1, size))).flatten(0, 1))
-        if self.reads:
-            T = T @ R1
-        if self.writes:
-            T = R1.T @ T if T.ndim == 2 else T @ R1
-        return T if rounding is None or T.ndim == 1 else straight_through(T, rounding)
-
-
-def _places(model: nn.Module) -> Iterator[tuple[_Place, bool]]:
-    """All of them in a model rotated by identities, and whether each is a weight to be rounded."""
-    names = {id(module): name for name, module in model.named_modules()}
-    ends = stream_ends(model)
-    for module in (*ends.embeddings, ends.head):
-        yield _Place(f"{names[id(module)]}.weight", module.weight, reads=True), False
-    for index, parts in enumerate(map(bare, block_anatomies(model))):
-        online = [each for each in parts.block.modules() if isinstance(each, Rotation)]  # behind post-norms
-        for rotation in online:
-            yield _Place(f"{names[id(rotation)]}.Q", torch.eye(len(rotation.Q)), reads=True), False
-        geometry = heads(parts, model.config)
-        readers = [*parts.qkv, *parts.ups]
-        for module in (*readers, parts.o, parts.down):
-            value, writes = module is geometry.value, module not in readers and not online
-            name, inner = names[id(module)], {"layer": index, "geometry": geometry, "values": value}
-            inner = inner if value or module is parts.o else {}
-            yield _Place(f"{name}.weight", module.weight, module in readers, writes, **inner), True
-            if module.bias is not None and (value or writes):
-                yield _Place(f"{name}.bias", module.bias, writes=writes, **(inner if value else {})), False
-
-
 class Learner:
     """The quantized network as a function of its rotations."""
 
@@ -220,7 +162,7 @@ class Learner:
         quantize_flow(self.model, cfg)
         how = None if cfg.learn_w_bits is None else replace(cfg, w_bits=cfg.learn_w_bits, rounding="rtn")
         rounding = None if how is None else lambda W: quantize_weight(W, None, how)
-        self.places = [(place, rounding if is_weight else None) for place, is_weight in _places(self.model)]
+        self.places = [(place, rounding if is_weight else None) for place, is_weight in places(self.model)]
         self.R1 = nn.Parameter(initial.R1.float())
         self.R2 = [nn.Parameter(R.float()) for R in initial.R2]
 
