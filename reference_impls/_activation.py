@@ -62,6 +62,21 @@ class QuantInput(nn.Module):
         return y if self.after is None else self.after(y)
 
 
+class SmoothedSiLU(nn.Module):
+    """x1 sigmoid(x1 / a): SiLU of a gate whose rows were multiplied by a; the result is a times as large.
+
+    After I-LLM's code; x1 passes through `transform` first.
+    """
+
+    def __init__(self, size: int, transform: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.a, self.transform = nn.Parameter(torch.ones(size), requires_grad=False), transform
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.transform(x)
+        return x * (x / self.a).sigmoid()
+
+
 def transform_inputs(
     root: nn.Module, linears: Iterable[nn.Linear], transform: Callable[[Tensor], Tensor]
 ) -> None:

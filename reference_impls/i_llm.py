@@ -13,7 +13,7 @@ Deviates  FSBR follows the official code, but q/k factors are tied over rotary p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,28 +21,23 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import _learn, _quant
-from requant.reference_impls._activation import QuantInput, one_each, transform_attention
+from requant.reference_impls._activation import QuantInput, SmoothedSiLU, one_each, transform_attention
 from requant.reference_impls._anatomy import anatomy, block_anatomies
-from requant.reference_impls._dyadic import constant
+from requant.reference_impls._dyadic import Dyadic, constant
 from requant.reference_impls._equivalence import Folded, query_key, sites
-from requant.reference_impls._integer_block import (
-    DIMatMul,
-    IntegerBlock,
-)
+from requant.reference_impls._integer_block import DIMatMul, IntegerBlock, require_integer_operators
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._rotation import heads
 from requant.reference_impls._walk import (
     Block,
-    UnsupportedModelError,
     check_calib,
     copy_model,
     decoder_blocks,
     replace_module,
     walk_blocks,
 )
-from requant.reference_impls.smoothquant import channel_peaks
+from requant.reference_impls.smoothquant import channel_peaks, smoothing_factors
 
-_BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 _SMALLEST = 0.01  # code: factors are pushed away from 0 to this
 
@@ -81,18 +76,6 @@ ERROR_FLOOR = 5e-3  # weight clipping starts at 0.982 of the range
 # --- FSBR: smoothing and clipping, learned ---------------------------------------------------------------------------
 
 
-class SmoothedSiLU(nn.Module):
-    """x1 sigmoid(x1 / a): SiLU of a gate whose rows were multiplied by a; the result is a times as large (code)."""
-
-    def __init__(self, size: int, transform: Callable[[Tensor], Tensor]):
-        super().__init__()
-        self.a, self.transform = nn.Parameter(torch.ones(size), requires_grad=False), transform
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.transform(x)
-        return x * (x / self.a).sigmoid()
-
-
 class Smoothing(nn.Module):
     """The learned factors and clipping strengths of one block, and what the block becomes with them.
 
@@ -111,8 +94,7 @@ class Smoothing(nn.Module):
         factors = {"qk": torch.ones(self.parts.k.out_features), "act": torch.ones(self.parts.up.out_features)}
         for name, site in self.sites.items():
             reader = site.linears[-1 if name == "mlp_norm" else 0]  # code: q, up, o, down
-            peak, weight = peaks[reader].clamp(min=1e-5), reader.weight.float().abs().amax(0).clamp(min=1e-5)
-            s = (peak**cfg.alpha / weight ** (1 - cfg.alpha)).clamp(min=1e-5)
+            s = smoothing_factors(peaks[reader].clamp(min=1e-5), [reader.weight], cfg.alpha)
             factors[name] = s.view(-1, site.repeat, site.head_dim)[:, 0].flatten() if site.repeat > 1 else s
         partial_sites = {"attn_norm", "mlp_norm", "value"}
         used = {"full": set(factors), "partial": partial_sites, "none": set()}[cfg.smoothing]
@@ -198,7 +180,7 @@ class Smoothing(nn.Module):
         for role, linear in self.linears.items():
             codes = weight_codes(now[linear.weight], self.cfg, self.strengths[role])
             linears[role] = DIMatMul(codes, None if linear.bias is None else now[linear.bias])
-            now[linear.weight] = dequantize(*codes)
+            now[linear.weight] = codes.to_float()
         gains = now[parts.attn_norm.weight], now[parts.mlp_norm.weight]
         eps, scaling = float(config.rms_norm_eps), float(parts.attn.scaling)  # 1 / sqrt(head_dim)
         made = IntegerBlock(linears, gains, eps, self.factors["act"], scaling, heads(parts, config), self.cfg)
@@ -215,11 +197,7 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
     Raises: UnsupportedModelError for blocks other than Llama's, Mistral's and Qwen2's; QuantizationError without calib.
     """
     check_calib(calib)
-    kind = type(decoder_blocks(model)[0]).__name__
-    if kind not in _BLOCKS or getattr(model.config, "hidden_act", None) != "silu":
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: integer operators are written for {', '.join(_BLOCKS)} with SiLU, not for {kind}"
-        )
+    require_integer_operators(model)
     model, generator = copy_model(model), torch.Generator().manual_seed(cfg.seed)
     peaks = channel_peaks(model, calib)
     for parts in block_anatomies(model):
@@ -238,35 +216,35 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
 
 
 @torch.no_grad()
-def weight_codes(W: Tensor, cfg: Config, strengths: nn.Module | None = None) -> tuple[Tensor, ...]:
-    """Codes int64 [d_out, d_in], zero point, m and k [d_out, 1]; without strengths clipping is where it starts."""
+def weight_codes(W: Tensor, cfg: Config, strengths: nn.Module | None = None) -> Dyadic:
+    """W [d_out, d_in] on a dyadic grid a row; without strengths clipping is where it starts."""
     scale, zero_point = (strengths or _learn.ClippingStrengths(W)).grid(W, cfg.w_bits)
     m, k = constant(scale)
     step = torch.ldexp(m.float(), -k.float())
-    return ((W / step).round() + zero_point).clamp(0, 2**cfg.w_bits - 1).long(), zero_point.long(), m, k
-
-
-def dequantize(codes: Tensor, zero_point: Tensor, m: Tensor, k: Tensor) -> Tensor:
-    return (codes - zero_point).float() * torch.ldexp(m.float(), -k.float())
+    codes = ((W / step).round() + zero_point).clamp(0, 2**cfg.w_bits - 1)
+    return Dyadic(codes.long(), zero_point.long(), m, k)
 
 
 def quantize_weight(W: Tensor, H: Tensor | None, cfg: Config) -> Tensor:
     """Round W [d_out, d_in] as before any training; smoothing is outside of it. H is ignored."""
-    return dequantize(*weight_codes(W, cfg))
+    return weight_codes(W, cfg).to_float()
 
 
 def pack_weight(W: Tensor, H: Tensor | None, cfg: Config) -> dict[str, Tensor]:
     """The tensors stored for one layer: packed codes, and zero point, m and k of each row in a byte each."""
-    codes, zero_point, m, k = weight_codes(W, cfg)
-    shape = torch.tensor(codes.shape, dtype=torch.int32)
-    small = {"zero_point": zero_point.to(torch.uint8), "m": m.to(torch.uint8), "k": k.to(torch.int8)}
-    return {"shape": shape, "codes": _quant.pack_bits(codes, cfg.w_bits)} | small
+    rounded = weight_codes(W, cfg)
+    small = {"zero_point": torch.uint8, "m": torch.uint8, "k": torch.int8}
+    return {
+        "shape": torch.tensor(W.shape, dtype=torch.int32),
+        "codes": _quant.pack_bits(rounded.codes, cfg.w_bits),
+        **{name: getattr(rounded, name).to(dtype) for name, dtype in small.items()},
+    }
 
 
 def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
     """Inverse of `pack_weight`: float32 [d_out, d_in]."""
     codes = _quant.unpack_bits(packed["codes"], cfg.w_bits, tuple(packed["shape"].tolist()))
-    return dequantize(codes, *(packed[name].long() for name in ("zero_point", "m", "k")))
+    return Dyadic(codes, *(packed[name].long() for name in ("zero_point", "m", "k"))).to_float()
 
 
 def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:

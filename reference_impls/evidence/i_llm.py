@@ -19,7 +19,7 @@ from requant.reference_impls._anatomy import block_anatomies
 from requant.reference_impls._dyadic import Dyadic, constant
 from requant.reference_impls._integer_block import DIMatMul, di_clipped_softmax, di_exp, rotary_tables
 from requant.reference_impls._walk import copy_model, walk_blocks
-from requant.reference_impls.i_llm import Config, Smoothing, dequantize, quantize, weight_codes
+from requant.reference_impls.i_llm import Config, Smoothing, quantize, weight_codes
 from requant.reference_impls.smoothquant import channel_peaks
 
 
@@ -58,7 +58,7 @@ def integer_product_is_exact(ctx) -> float:
             W, x = _integer_input(ctx, name, bits)
             weight = weight_codes(W, Config(w_bits=bits, a_bits=bits))
             y, m, k = DIMatMul(weight, None)(x)
-            expected = x.to_float(torch.float64) @ dequantize(*weight).double().T
+            expected = x.to_float(torch.float64) @ weight.to_float(torch.float64).T
             found = y.double() * torch.ldexp(m.double(), -k.double())
             worst = max(worst, float((found - expected).abs().max() / expected.abs().max()))
     return worst
