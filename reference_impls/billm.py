@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from requant.reference_impls._binary import Block, fit_scale, signed_value, split_error
 from requant.reference_impls._hessian import damped, inverse_cholesky
 from requant.reference_impls._quant import check_choices, pack_bits, unpack_bits
 from requant.reference_impls._walk import check_calib, copy_model, named_linears, walk_blocks
@@ -40,54 +41,6 @@ class Config:
     row_means: bool = False  # code: mean + scale * sign; Eq. 4 and 12 have no mean
     break_points: str = "quantile"  # Sec. 3.2; "max" in Algorithm 2; code "quantile_with_zeros"
     n_break_points: int = 81  # code: levels 0.10 to 0.90 in steps of 0.01
-
-
-@dataclass(frozen=True)
-class Block:
-    """A binarized block of n columns, as it is stored.
-
-    Attributes:
-        first: bool [d_out, n], whether the (first) sign is positive.
-        second: bool [d_out, n], in salient columns the sign of the residual, elsewhere the flag of the sparse group.
-        salient: bool [n].
-        scale, mean: float32 [4, d_out, 1] with float16 values, for the concentrated group, the sparse group, and the
-            first and second term of the salient columns.
-    """
-
-    first: Tensor
-    second: Tensor
-    salient: Tensor
-    scale: Tensor
-    mean: Tensor
-
-    def dequantize(self) -> Tensor:
-        """The approximation, float32 [d_out, n] (Eq. 7 and Algorithm 1, line 11)."""
-        concentrated, sparse, term = (signed_value(self.mean[i], self.scale[i], self.first) for i in range(3))
-        residual = signed_value(self.mean[3], self.scale[3], self.second)
-        return torch.where(self.salient, term + residual, torch.where(self.second, sparse, concentrated))
-
-
-def signed_value(mean: Tensor, scale: Tensor, positive: Tensor) -> Tensor:
-    return mean + torch.where(positive, scale, -scale)
-
-
-def _fit(x: Tensor, mask: Tensor, row_means: bool) -> tuple[Tensor, Tensor]:
-    """Mean and scale of each row's masked entries, [d_out, 1] each (Eq. 4 and 12); 0 where a row has none."""
-    count = mask.expand_as(x).sum(1, keepdim=True).clamp(min=1)
-    mean = (x * mask).sum(1, keepdim=True) / count if row_means else torch.zeros_like(x[:, :1])
-    return mean, ((x - mean).abs() * mask).sum(1, keepdim=True) / count
-
-
-def split_error(x: Tensor, mask: Tensor, terms: int, row_means: bool) -> Tensor:
-    """Squared error of binarizing masked and other entries apart, `terms` times each (Eq. 5, 8, 11)."""
-    total = x.new_zeros(())
-    for part in (mask, ~mask):
-        rest = x
-        for _ in range(terms):
-            mean, scale = _fit(rest, part, row_means)
-            rest = rest - signed_value(mean, scale, rest - mean >= 0)
-        total = total + (rest.square() * part).sum()
-    return total
 
 
 def search_columns(x: Tensor, order: Tensor, cfg: Config) -> int:
@@ -164,12 +117,12 @@ def binarize_block(W: Tensor, saliency: Tensor, cfg: Config) -> Block:
     salient, sparse = find_groups(W, saliency, cfg)
     columns = salient.expand_as(W)
     masks = (~(columns | sparse), sparse, columns)
-    fits = [[t.half().float() for t in _fit(W, mask, cfg.row_means)] for mask in masks]
+    fits = [[t.half().float() for t in fit_scale(W, mask, cfg.row_means)] for mask in masks]
     first = torch.zeros_like(sparse)
     for mask, (mean, _) in zip(masks, fits, strict=True):
         first |= mask & (W - mean >= 0)
     residual = W - signed_value(*fits[2], first)  # Eq. 6
-    fits.append([t.half().float() for t in _fit(residual, columns, cfg.row_means)])
+    fits.append([t.half().float() for t in fit_scale(residual, columns, cfg.row_means)])
     second = torch.where(columns, residual - fits[3][0] >= 0, sparse)
     mean, scale = (torch.stack(parts) for parts in zip(*fits, strict=True))
     return Block(first, second, salient, scale, mean)

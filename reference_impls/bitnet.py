@@ -18,8 +18,6 @@ Deviates  activations are rounded, which Eq. 4 and 6 leave out, and clamped afte
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,11 +25,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from requant.reference_impls._anatomy import block_anatomies
+from requant.reference_impls._from_scratch import new_model, train
 from requant.reference_impls._quant import QuantizationError, check_choices, pack_bits, unpack_bits
 from requant.reference_impls._walk import (
     UnsupportedModelError,
     check_calib,
-    decoder_blocks,
     named_linears,
     replace_module,
 )
@@ -168,40 +166,6 @@ class BitLinear(nn.Module):
 # --- the model --------------------------------------------------------------------------------------------------
 
 
-def _fresh(model: nn.Module, cfg: Config) -> nn.Module:
-    """A model of the same family and sizes with new weights from cfg.seed, cut to cfg.depth; float32, eval mode."""
-    config = copy.deepcopy(model.config)
-    if cfg.depth is not None:
-        if not 1 <= cfg.depth <= config.num_hidden_layers:
-            raise ValueError(
-                f"depth {cfg.depth} is not between 1 and the model's {config.num_hidden_layers} blocks"
-            )
-        config.num_hidden_layers = cfg.depth
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[: cfg.depth]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cfg.seed)
-        fresh = type(model)(config).float()
-        for block in decoder_blocks(fresh):
-            for linear in named_linears(block).values():
-                nn.init.xavier_normal_(
-                    linear.weight
-                )  # Sec. 2.1: "standard initialization", on which Eq. 10 rests
-    fresh = fresh.to(model.device).eval().requires_grad_(True)
-    if cfg.embeddings == "kept":
-        blocks = next(name for name, module in model.named_modules() if module is decoder_blocks(model))
-        outside = {
-            key: value for key, value in model.state_dict().items() if not key.startswith(f"{blocks}.")
-        }
-        if unknown := fresh.load_state_dict(outside, strict=False).unexpected_keys:
-            raise UnsupportedModelError(
-                f"a new {type(model).__name__} has no {unknown[0]}; pass the model unchanged"
-            )
-        fresh.requires_grad_(False)
-        decoder_blocks(fresh).requires_grad_(True)
-    return fresh
-
-
 def _insert(model: nn.Module, cfg: Config, sub_norm: bool) -> list[BitLinear]:
     """Replace every linear of the decoder blocks, in place; sub_norm moves the norms of the blocks into them."""
     inserted = []
@@ -218,40 +182,6 @@ def _insert(model: nn.Module, cfg: Config, sub_norm: bool) -> list[BitLinear]:
             if sub_norm and (module is parts.attn_norm or module is parts.mlp_norm):
                 replace_module(parts.block, name, nn.Identity())
     return inserted
-
-
-def _batches(tokens: Tensor, cfg: Config) -> Iterator[Tensor]:
-    """Batches of about tokens_per_update tokens, each window once before any is seen again."""
-    generator, size = (
-        torch.Generator().manual_seed(cfg.seed),
-        max(1, cfg.tokens_per_update // tokens.shape[1]),
-    )
-    order = torch.empty(0, dtype=torch.long)
-    while True:
-        while len(order) < size:
-            order = torch.cat([order, torch.randperm(len(tokens), generator=generator)])
-        yield tokens[order[:size]]
-        order = order[size:]
-
-
-@torch.enable_grad()
-def _train(model: nn.Module, tokens: Tensor, cfg: Config) -> None:
-    """Next-token training in place: Adam, warm-up, polynomial decay, no dropout, no clipping (Table 6)."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, betas=cfg.adam_betas, weight_decay=cfg.weight_decay, fused=True)
-    batches = _batches(tokens.to(model.device), cfg)
-    for step in range(cfg.updates):
-        decay = ((cfg.updates - step) / (cfg.updates - cfg.warmup)) ** cfg.decay_power
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.learning_rate * min((step + 1) / max(cfg.warmup, 1), decay)
-        batch = next(batches)
-        targets = F.pad(batch[:, 1:], (0, 1), value=-100)  # nothing to predict after the last token
-        loss = F.cross_entropy(
-            model(batch, use_cache=False).logits.flatten(0, 1), targets.flatten(), ignore_index=-100
-        )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
 
 
 def _check(model: nn.Module, calib: Tensor | None, cfg: Config) -> None:
@@ -277,11 +207,11 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
         UnsupportedModelError where norms follow the sublayers.
     """
     _check(model, calib, cfg)
-    trained = _fresh(model, cfg)
+    trained = new_model(model, cfg)
     bits = _insert(trained, cfg, sub_norm=cfg.norm == "sub") if cfg.linear == "bit" else []
     for bit in bits:
         bit.train()  # the rest stays in eval mode: no dropout
-    _train(trained, calib, cfg)
+    train(trained, calib, cfg)
     if cfg.linear == "post":
         bits = _insert(trained, cfg, sub_norm=False)
     for bit in bits:

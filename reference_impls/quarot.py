@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from requant.reference_impls import _quant, gptq
 from requant.reference_impls._activation import QuantInput, transform_attention
 from requant.reference_impls._anatomy import BlockAnatomy, block_anatomies
+from requant.reference_impls._clip_search import grid_of_share, search_grid
 from requant.reference_impls._hadamard import (
     hadamard_matrix,
     hadamard_transform,
@@ -134,37 +135,10 @@ def rotate(model: nn.Module, cfg: Config) -> nn.Module:
 # --- Stage 2: quantization --------------------------------------------------------------------------------------
 
 
-def _grid(x: Tensor, bits: int, symmetric: bool, ratio: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Scale and zero point [..., 1] for ratio times the range of x [..., n]; symmetric: peak / (2^(b-1) - 1)."""
-    if not symmetric:
-        return _quant.choose_qparams(x * ratio, bits)
-    peak = x.abs().amax(-1, keepdim=True)
-    scale = (ratio * peak).masked_fill(peak == 0, 1.0) / (2 ** (bits - 1) - 1)
-    scale = _quant.stored_scale(scale, bits)
-    return scale, torch.full_like(scale, 2.0 ** (bits - 1))
-
-
-def search_grid(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """The grid with the least sum of |x - q|^2.4 among 1.00, 0.99, ..., 0.21 of the full range (code)."""
-    x = x.contiguous()
-    best_scale, best_zero = _grid(x, bits, symmetric)
-    best = torch.full_like(best_scale, torch.inf)
-    error = torch.empty_like(x)
-    for step in range(80):
-        scale, zero = _grid(x, bits, symmetric, 1 - step / 100)
-        codes = torch.div(x, scale, out=error).round_().add_(zero).clamp_(0, 2**bits - 1)
-        codes.sub_(zero).mul_(scale).sub_(x)  # all in the memory of `error`
-        total = error.abs_().log_().mul_(2.4).exp_().sum(-1, keepdim=True)
-        better = total < best
-        best, best_scale = torch.where(better, total, best), torch.where(better, scale, best_scale)
-        best_zero = torch.where(better, zero, best_zero)
-    return best_scale, best_zero
-
-
 def _round(W: Tensor, H: Tensor | None, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [d_out, n_groups, group], scale and zero point [d_out, n_groups, 1] of one layer."""
     _check(cfg)
-    choose = search_grid if cfg.clip_search else _grid
+    choose = search_grid if cfg.clip_search else grid_of_share
     if cfg.rounding == "rtn":
         groups = _quant.grouped(W, cfg.group_size)
         scale, zero_point = choose(groups, cfg.w_bits, cfg.symmetric)
@@ -205,7 +179,7 @@ def quantize_cache(x: Tensor, cfg: Config) -> Tensor:
             f"kv_group_size {size} does not divide head_dim {x.shape[-1]}; choose a divisor or None"
         )
     groups = x.unflatten(-1, (-1, size))
-    scale, zero_point = _grid(groups, cfg.kv_bits, False, cfg.kv_clip_ratio)
+    scale, zero_point = grid_of_share(groups, cfg.kv_bits, False, cfg.kv_clip_ratio)
     return _quant.dequantize(
         _quant.quantize(groups, scale, zero_point, cfg.kv_bits), scale, zero_point
     ).flatten(-2)

@@ -19,9 +19,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from requant.reference_impls import _quant, gptq, quarot, smoothquant
+from requant.reference_impls import _quant, gptq, smoothquant
 from requant.reference_impls._activation import QuantInput
 from requant.reference_impls._anatomy import anatomy
+from requant.reference_impls._clip_search import search_grid
 from requant.reference_impls._outliers import (
     column_bits,
     join_columns,
@@ -74,7 +75,7 @@ def round_weight(
     kept[:, len(base) :] = True
     how = gptq.Config(cfg.w_bits, symmetric=True, damp_ratio=cfg.damp_ratio, block_size=cfg.block_size)
     choose = (
-        quarot.search_grid if cfg.clip_search else _quant.absmax_qparams
+        search_grid if cfg.clip_search else _quant.absmax_qparams
     )  # both see the outlier columns as zeros
     rounded = gptq.round_columns(W[:, order], H[order][:, order], how, choose, kept=kept)
     back = order.argsort()

@@ -17,9 +17,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from requant.reference_impls import _quant, gptq, quarot
+from requant.reference_impls import _quant, gptq
 from requant.reference_impls._activation import bare, transform_inputs
 from requant.reference_impls._anatomy import block_anatomies
+from requant.reference_impls._clip_search import search_grid
 from requant.reference_impls._column_parts import Part, pack_parts, unpack_parts
 from requant.reference_impls._hadamard import random_orthogonal
 from requant.reference_impls._moments import collect
@@ -166,7 +167,7 @@ def _quantize_flow(model: nn.Module, cfg: Config) -> None:
 def _round(W: Tensor, H: Tensor | None, cfg: Config) -> list[Part]:
     """The low part and, if there is one, the high part."""
     _check(cfg)
-    choose = quarot.search_grid if cfg.clip_search else _quant.absmax_qparams
+    choose = search_grid if cfg.clip_search else _quant.absmax_qparams
     widths = cfg.widths(W.shape[1], cfg.w_bits)
     columns = W.split([n for n, _ in widths], 1)
     grids = [choose(x, bits, True) for x, (_, bits) in zip(columns, widths, strict=True)]

@@ -10,14 +10,12 @@ from torch import Tensor, nn
 
 from requant.reference_impls import _quant, _walk
 from requant.reference_impls._hessian import gram
+from requant.reference_impls._pairs import block_pairs, observed_pairs, output_error
 from requant.reference_impls._walk import named_linears, walk_blocks
 from requant.reference_impls.awq import (
     Config,
-    block_pairs,
     clip_weight,
     find_scale,
-    observed_pairs,
-    output_error,
     quantize,
     round_weight,
 )

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from requant.reference_impls._binary import signed_value, split_error
 from requant.reference_impls._hessian import damped, inverse_cholesky, proxy_loss
 from requant.reference_impls.billm import (
     COMPENSATIONS,
@@ -20,8 +21,6 @@ from requant.reference_impls.billm import (
     quantize_weight,
     search_break_point,
     search_columns,
-    signed_value,
-    split_error,
     spread_error,
 )
 

@@ -11,16 +11,13 @@ import torch
 from torch import Tensor
 
 from requant.reference_impls import _quant, gptq
-from requant.reference_impls._hessian import damped, proxy_loss
+from requant.reference_impls._hessian import damped, ldl_upper, proxy_loss
+from requant.reference_impls._incoherence import Basis, Rotation, rescaling
 from requant.reference_impls.quip import (
-    Basis,
     Config,
-    Rotation,
     greedy_pass,
-    ldl_upper,
     ldlq,
     quantize_weight,
-    rescaling,
     round_codes,
 )
 
