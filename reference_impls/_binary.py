@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Block:
+class BinaryBlock:
     """A binarized block of n columns, as it is stored.
 
     Attributes:

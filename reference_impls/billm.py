@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from requant.reference_impls._binary import Block, fit_scale, signed_value, split_error
+from requant.reference_impls._binary import BinaryBlock, fit_scale, signed_value, split_error
 from requant.reference_impls._hessian import damped, inverse_cholesky
 from requant.reference_impls._quant import check_choices, pack_bits, unpack_bits
 from requant.reference_impls._walk import check_calib, copy_model, named_linears, walk_blocks
@@ -112,7 +112,7 @@ def find_groups(W: Tensor, saliency: Tensor, cfg: Config) -> tuple[Tensor, Tenso
     return salient, sparse
 
 
-def binarize_block(W: Tensor, saliency: Tensor, cfg: Config) -> Block:
+def binarize_block(W: Tensor, saliency: Tensor, cfg: Config) -> BinaryBlock:
     """Binarize one block of columns (Algorithm 1, lines 6 to 11); W, saliency [d_out, n], left unchanged."""
     salient, sparse = find_groups(W, saliency, cfg)
     columns = salient.expand_as(W)
@@ -125,7 +125,7 @@ def binarize_block(W: Tensor, saliency: Tensor, cfg: Config) -> Block:
     fits.append([t.half().float() for t in fit_scale(residual, columns, cfg.row_means)])
     second = torch.where(columns, residual - fits[3][0] >= 0, sparse)
     mean, scale = (torch.stack(parts) for parts in zip(*fits, strict=True))
-    return Block(first, second, salient, scale, mean)
+    return BinaryBlock(first, second, salient, scale, mean)
 
 
 def spread_error(error: Tensor, U: Tensor, compensation: str) -> Tensor:
@@ -139,7 +139,7 @@ def spread_error(error: Tensor, U: Tensor, compensation: str) -> Tensor:
     return error / U.diagonal() if compensation == "diagonal" else torch.zeros_like(error)
 
 
-def binarize_columns(W: Tensor, H: Tensor, cfg: Config) -> Iterator[Block]:
+def binarize_columns(W: Tensor, H: Tensor, cfg: Config) -> Iterator[BinaryBlock]:
     """Algorithm 1: binarize block after block, each block's error spread over the columns to its right.
 
     Args:
@@ -227,7 +227,7 @@ def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
     for key in fits.keys() & packed.keys():
         fits[key][:, _stored_fits(cfg)] = packed[key].float()
     pieces = (plane.bool().split(cfg.block_size, -1) for plane in planes.values())
-    blocks = (Block(*parts) for parts in zip(*pieces, fits["scale"], fits["mean"], strict=True))
+    blocks = (BinaryBlock(*parts) for parts in zip(*pieces, fits["scale"], fits["mean"], strict=True))
     return torch.cat([block.dequantize() for block in blocks], 1)
 
 
