@@ -14,7 +14,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from requant.reference_impls._anatomy import BlockAnatomy
-from requant.reference_impls._learn import affine_ste
 from requant.reference_impls._walk import UnsupportedModelError, named_linears, replace_module
 
 _PREFIX = "requant_"
@@ -61,6 +60,21 @@ class QuantInput(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x if self.transform is None else self.transform(x))
         return y if self.after is None else self.after(y)
+
+
+class SmoothedSiLU(nn.Module):
+    """x1 sigmoid(x1 / a): SiLU of a gate whose rows were multiplied by a; the result is a times as large.
+
+    After I-LLM's code; x1 passes through `transform` first.
+    """
+
+    def __init__(self, size: int, transform: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.a, self.transform = nn.Parameter(torch.ones(size), requires_grad=False), transform
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.transform(x)
+        return x * (x / self.a).sigmoid()
 
 
 def transform_inputs(
@@ -121,6 +135,11 @@ def transform_attention(
     attention.requant_transform, attention.requant_weigh = transform, weigh
 
 
+def one_each(*ways: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    """For `transform_attention`: one function for queries, one for keys and one for values."""
+    return lambda *qkv: tuple(way(x) for way, x in zip(ways, qkv, strict=True))
+
+
 def _register(base: str) -> None:
     def attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
         transform = getattr(module, "requant_transform", None)
@@ -159,25 +178,3 @@ def _weighed_attention(
         scores = scores + attention_mask
     weights = weigh(scores.softmax(-1, dtype=torch.float32).to(query.dtype))
     return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-class StaticRange(nn.Module):
-    """One scale and one offset for a tensor, whatever it holds: observes first, then rounds; both can be learned."""
-
-    def __init__(self, bits: int):
-        super().__init__()
-        self.bits, self.low, self.high, self.observing = bits, 0.0, 0.0, True
-        self.scale, self.offset = (nn.Parameter(torch.zeros(()), requires_grad=False) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.observing:
-            self.low, self.high = min(self.low, float(x.min())), max(self.high, float(x.max()))
-            return x
-        return affine_ste(x, self.scale.clamp(1e-5, 1e6), self.offset, self.bits)
-
-    @torch.no_grad()
-    def settle(self) -> None:
-        """Take the observed range."""
-        self.scale.fill_(max((self.high - self.low) / (2**self.bits - 1), 1e-5))
-        self.offset.copy_((-self.low / self.scale).round())
-        self.observing = False

@@ -53,6 +53,11 @@ class BlockAnatomy:
         return [self.fused_qkv] if self.fused_qkv is not None else [self.q, self.k, self.v]
 
     @property
+    def gated(self) -> bool:
+        """Whether a gate multiplies the MLP's inner activation, in a linear of its own or fused with up."""
+        return self.gate is not None or self.up.out_features == 2 * self.down.in_features
+
+    @property
     def ups(self) -> list[nn.Linear]:
         """The linears that read the MLP norm's output."""
         return [self.up] if self.gate is None else [self.gate, self.up]

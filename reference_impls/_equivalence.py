@@ -242,9 +242,8 @@ def value_site(parts: BlockAnatomy, writer: nn.Linear, rows: Tensor) -> Site:
 
 def up_site(parts: BlockAnatomy) -> Site:
     """The site of the MLP's inner activation, before down; see `sites`."""
-    gated = parts.gate is not None or parts.up.out_features == 2 * parts.down.in_features
     relu = any(isinstance(module, nn.ReLU) for module in parts.mlp.modules())
-    if not (gated or relu):
+    if not (parts.gated or relu):
         return Site("up", [parts.down], partial(_write_at_run_time, parts.block, parts.down), shifts=False)
     # the input is linear in up's output, or ReLU(x / s) = ReLU(x) / s; the last rows: where a fused gate and up
     # projection has its up half

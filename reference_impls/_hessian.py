@@ -42,16 +42,32 @@ def inverse_cholesky(H: Tensor) -> Tensor:
     """
     factor, info = torch.linalg.cholesky_ex(H)
     if int(info):
-        raise QuantizationError(
-            f"the input second-moment matrix [{H.shape[0]}, {H.shape[0]}] is not positive definite at column "
-            f"{int(info)}; use more calibration tokens or a larger damp_ratio"
-        )
+        raise _not_definite(H, int(info))
     upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
     if int(info) or not torch.isfinite(upper).all():
         raise QuantizationError(
             "the inverse of the input second-moment matrix is not positive definite; raise damp_ratio"
         )
     return upper
+
+
+def ldl_upper(H: Tensor) -> tuple[Tensor, Tensor]:
+    """A [n, n] strictly upper triangular and D [n] with H = (A + I) diag(D) (A + I)^T (QuIP, Sec. 3).
+
+    Raises: as `inverse_cholesky`.
+    """
+    factor, info = torch.linalg.cholesky_ex(H.flip(0, 1))
+    if int(info):
+        raise _not_definite(H, len(H) - int(info))
+    upper = factor.flip(0, 1)  # H = upper upper^T
+    return (upper / upper.diagonal()).triu(1), upper.diagonal().square()
+
+
+def _not_definite(H: Tensor, column: int) -> QuantizationError:
+    return QuantizationError(
+        f"the input second-moment matrix {list(H.shape)} is not positive definite at column {column}; "
+        "use more calibration tokens or a larger damp_ratio"
+    )
 
 
 def proxy_loss(W: Tensor, Q: Tensor, H: Tensor) -> float:

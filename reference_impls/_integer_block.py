@@ -17,7 +17,9 @@ from requant.reference_impls import _dyadic
 from requant.reference_impls._dyadic import Dyadic, align, constant, divide, requantize, shift
 from requant.reference_impls._quant import QuantizationError
 from requant.reference_impls._rotation import Heads
+from requant.reference_impls._walk import UnsupportedModelError, decoder_blocks
 
+_BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
 Scaled = tuple[Tensor, Tensor, Tensor]  # integers [..., n] with m and k [..., 1]: integers * m / 2^k
 
 
@@ -88,13 +90,12 @@ def di_norm(x: Dyadic, gain: tuple[Tensor, Tensor], eps: tuple[Tensor, Tensor]) 
 class DIMatMul(nn.Module):
     """(X - zp)(W - zp)^T in int32, then the output channels brought to one scale a token (Eqs. 2-8)."""
 
-    def __init__(self, weight: tuple[Tensor, ...], bias: Tensor | None):
-        """weight: codes [d_out, d_in], zero point, m and k [d_out, 1], integers; bias: float [d_out]."""
+    def __init__(self, weight: Dyadic, bias: Tensor | None):
+        """weight: [d_out, d_in]; bias: float [d_out]."""
         super().__init__()
-        codes, zero_point, m, k = weight
-        self.register_buffer("centered", (codes - zero_point).to(torch.int32))
-        self.register_buffer("m", m.T)
-        self.register_buffer("k", k.T)
+        self.register_buffer("centered", weight.centered.to(torch.int32))
+        self.register_buffer("m", weight.m.T)
+        self.register_buffer("k", weight.k.T)
         self.bias = None if bias is None else constant(bias, 16)
 
     def forward(self, x: Dyadic) -> Scaled:
@@ -110,6 +111,15 @@ def _rotate(y: Scaled, cos: Tensor, sin: Tensor) -> Scaled:
     x, m, k = _dyadic.narrow(*y)
     half = x.shape[-1] // 2
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin, m, k + 14
+
+
+def require_integer_operators(model: nn.Module) -> None:
+    """Raise UnsupportedModelError unless an `IntegerBlock` computes what the blocks of this model do."""
+    kind = type(decoder_blocks(model)[0]).__name__
+    if kind not in _BLOCKS or getattr(model.config, "hidden_act", None) != "silu":
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: integer operators are written for {', '.join(_BLOCKS)} with SiLU, not for {kind}"
+        )
 
 
 class IntegerBlock(nn.Module):

@@ -9,12 +9,24 @@ All functions work along the last dimension: reshape first (`grouped`) to choose
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 
 class QuantizationError(ValueError):
     """A quantizer's precondition does not hold; the message names the quantity and the remedy."""
+
+
+def check_choices(cfg: object, **known: Iterable[str]) -> None:
+    """Check that each named option of a Config has one of the values it may have.
+
+    Raises: QuantizationError naming the first that has not.
+    """
+    for name, values in known.items():
+        if getattr(cfg, name) not in values:
+            raise QuantizationError(f"{name} is {getattr(cfg, name)!r}; choose one of {', '.join(values)}")
 
 
 def grouped(W: Tensor, group_size: int | None) -> Tensor:

@@ -24,7 +24,7 @@ from requant.reference_impls._activation import QuantInput
 from requant.reference_impls._anatomy import block_anatomies, require_pre_norm
 from requant.reference_impls._equivalence import Site, sites
 from requant.reference_impls._hessian import proxy_loss
-from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._walk import (
     check_calib,
     copy_model,
@@ -34,8 +34,6 @@ from requant.reference_impls._walk import (
 )
 from requant.reference_impls._weights import quantize_blockwise
 from requant.reference_impls.smoothquant import channel_peaks, smoothing_factors
-
-_GRANULARITIES = ("per_token", "per_tensor_static")
 
 
 @dataclass(frozen=True)
@@ -55,10 +53,7 @@ class Config:
     block_size: int = 128  # [R] GPTQ's
 
     def __post_init__(self) -> None:
-        if self.a_granularity not in _GRANULARITIES:
-            raise QuantizationError(
-                f"a_granularity is {self.a_granularity!r}; choose one of {', '.join(_GRANULARITIES)}"
-            )
+        check_choices(self, a_granularity=("per_token", "per_tensor_static"))
         if not 0 <= self.alpha <= 1:
             raise QuantizationError(f"alpha is {self.alpha}; choose a value from 0 to 1")
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import _quant, _walk, gptq
-from requant.reference_impls._anatomy import BlockAnatomy, anatomy, fold_channel_scale, require_pre_norm
-from requant.reference_impls._equivalence import up_site, value_site
+from requant.reference_impls._anatomy import require_pre_norm
 from requant.reference_impls._hessian import gram
+from requant.reference_impls._pairs import Pair, observed_pairs, output_error
 from requant.reference_impls._quant import QuantizationError
 from requant.reference_impls._walk import Block, named_linears, walk_blocks
 
@@ -140,80 +140,6 @@ def clip_weight(W: Tensor, H: Tensor, cfg: Config) -> Tensor:
 # --- one block ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Linears that read one input, with the operator that can divide this input by a scale.
-
-    inspected: the module whose output error decides. fold(s) divides the input by s [d_in] and multiplies the
-    weight columns by it, in place; None where nothing can absorb a scale. clips: linears that may be clipped.
-    """
-
-    linears: list[nn.Linear]
-    inspected: nn.Module
-    fold: Callable[[Tensor], None] | None
-    clips: list[nn.Linear]
-
-
-def _inspected(parts: BlockAnatomy, linears: list[nn.Linear]) -> nn.Module:
-    if parts.mlp_norm is None:
-        return parts.block
-    if linears[0] is parts.qkv[0]:
-        return parts.attn
-    return parts.mlp if parts.mlp is not parts.block else parts.up
-
-
-def block_pairs(block: nn.Module) -> list[Pair]:
-    """The pairs of one block with the official code's choices (auto_scale.py).
-
-    norm -> {q, k, v}: error of the attention module. norm -> {gate, up}: of the MLP, or of the up projection where
-    the MLP is no module of its own (OPT). One norm for both (Phi): of the block. value -> output only if the two
-    weights have one shape (no grouped-query attention). up -> down always. q, k and fused q/k/v are not clipped.
-    """
-    parts = anatomy(block)
-    unclipped = {id(parts.q), id(parts.k), id(parts.fused_qkv)}
-    pairs = []
-    for norm, linears in parts.norm_groups:
-        fold = partial(fold_channel_scale, norm, linears)
-        clips = [linear for linear in linears if id(linear) not in unclipped]
-        pairs.append(Pair(linears, _inspected(parts, linears), fold, clips))
-    square = parts.v is not None and parts.v.weight.shape == parts.o.weight.shape
-    output_fold = value_site(parts, parts.v, torch.arange(parts.v.out_features)).fold if square else None
-    pairs.append(Pair([parts.o], parts.o, output_fold, [parts.o]))
-    pairs.append(Pair([parts.down], parts.down, up_site(parts).fold, [parts.down]))
-    return pairs
-
-
-def _first(output: Tensor | tuple) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-def record_calls(block: Block, modules: list[nn.Module]) -> dict[nn.Module, list[tuple]]:
-    """Run the block once on its calibration inputs: (args, kwargs, output) of each call of the given modules."""
-    calls: dict[nn.Module, list[tuple]] = {module: [] for module in modules}
-
-    def keep(module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
-        calls[module].append((args, kwargs, _first(output)))
-
-    handles = [module.register_forward_hook(keep, with_kwargs=True) for module in calls]
-    try:
-        block.run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
-def output_error(pair: Pair, calls: list[tuple], trial: Tensor) -> float:
-    """Mean squared change of the inspected output when the pair's stacked weights are replaced by `trial`."""
-    kept = [linear.weight.clone() for linear in pair.linears]
-    for linear, rows in zip(pair.linears, trial.split([len(W) for W in kept]), strict=True):
-        linear.weight.copy_(rows)
-    changes = [(_first(pair.inspected(*args, **kwargs)) - output).float() for args, kwargs, output in calls]
-    for linear, W in zip(pair.linears, kept, strict=True):
-        linear.weight.copy_(W)
-    return sum(float(change.square().sum()) for change in changes) / sum(change.numel() for change in changes)
-
-
 def _gram_error(W: Tensor, H: Tensor, trial: Tensor) -> float:
     return float(((trial - W) @ H * (trial - W)).sum())
 
@@ -225,14 +151,6 @@ def find_scale(pair: Pair, X: Tensor, calls: list[tuple], cfg: Config) -> Tensor
     if pair.inspected in pair.linears:  # then without running it: the mean of (X (trial - W)^T)^2
         error = partial(_gram_error, W, gram(X) / (len(X) * len(W)))
     return search_scale(W, X.abs().mean(0), error, cfg)
-
-
-def observed_pairs(block: Block) -> list[tuple[Pair, Tensor, list[tuple]]]:
-    """Each pair with its input X [n_tokens, d_in] and the recorded calls of the module it is judged by."""
-    pairs = block_pairs(block.module)
-    calls = record_calls(block, [module for pair in pairs for module in (pair.linears[0], pair.inspected)])
-    inputs = [torch.cat([args[0].flatten(0, -2) for args, _, _ in calls[pair.linears[0]]]) for pair in pairs]
-    return [(pair, X.float(), calls[pair.inspected]) for pair, X in zip(pairs, inputs, strict=True)]
 
 
 def transform_block(block: Block, cfg: Config) -> None:
@@ -316,105 +234,3 @@ def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
 def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
     """b + (16 + b)/g; channel scales are folded away (but 16/d_out more for a down projection after GELU)."""
     return _quant.affine_bits(cfg.w_bits, cfg.group_size, d_in, symmetric=False)
-
-
-# --- invariants and findings named in papers/awq.yaml -------------------------------------------------------
-
-
-@torch.no_grad()
-def folding_keeps_logits(ctx) -> float:
-    """Largest change of a logit when every pair of the reference model is scaled by random factors of 1/4 to 4."""
-    model, tokens = ctx.reference(), ctx.test_windows(2)
-    logits = model(tokens).logits
-    generator = torch.Generator().manual_seed(0)
-    for block in _walk.decoder_blocks(model):
-        for pair in block_pairs(block):
-            pair.fold(torch.exp2(4 * torch.rand(pair.linears[0].in_features, generator=generator) - 2))
-    return float((model(tokens).logits - logits).abs().max())
-
-
-def zero_exponent_is_rounding(ctx) -> float:
-    """Largest weight difference between AWQ with alpha = 0 alone, unclipped, and the official grid written out."""
-    model, top = ctx.reference(), 2**3 - 1
-    quantized = quantize(model, ctx.calib(2, 64), Config(w_bits=3, n_grid=1, clip_search=False))
-    worst = 0.0
-    for plain, block in zip(_walk.decoder_blocks(model), _walk.decoder_blocks(quantized), strict=True):
-        for name, linear in named_linears(block).items():
-            W = plain.get_submodule(name).weight.reshape(-1, 128)
-            low, high = W.amin(1, keepdim=True), W.amax(1, keepdim=True)
-            step = ((high - low) / top).half().float()
-            shift = (-(low / step).round()).clamp(0, top)
-            expected = (((W / step).round() + shift).clamp(0, top) - shift) * step
-            worst = max(worst, float((linear.weight.reshape(-1, 128) - expected).abs().max()))
-    return worst
-
-
-@torch.no_grad()
-def scale_search_never_hurts(ctx) -> float:
-    """Worst ratio of the output error with the chosen scale to that of plain rounding, over the pairs of one block."""
-    cfg = Config(w_bits=3)
-    block = next(walk_blocks(ctx.reference("reference-outlier"), ctx.calib(4, 128), propagate="original"))
-    ratios = []
-    for pair, X, calls in observed_pairs(block):
-        W, s = torch.cat([linear.weight for linear in pair.linears]), find_scale(pair, X, calls, cfg)
-        scaled = output_error(pair, calls, round_weight(W * s, cfg) / s)
-        ratios.append(scaled / output_error(pair, calls, round_weight(W, cfg)))
-    return max(ratios)
-
-
-def clip_search_never_hurts(ctx) -> float:
-    """Worst ratio, over rows and groups, of the error of a group's partial products with clipping to that without."""
-    cfg, (W, _, X) = Config(w_bits=3), ctx.layer("model.layers.1.mlp.down_proj")
-    X = X[:: len(X) // cfg.clip_tokens]
-
-    def error(Q: Tensor) -> Tensor:
-        tokens, change = (_quant.grouped(M, cfg.group_size) for M in (X, Q - W))
-        return torch.einsum("tgi,ogi->tog", tokens, change).square().mean(0)  # [d_out, n_groups]
-
-    return float((error(round_weight(clip_weight(W, gram(X), cfg), cfg)) / error(round_weight(W, cfg))).max())
-
-
-def constant_factor_is_free(ctx) -> float:
-    """Share of weights that change when s is multiplied by 0.37; not zero because group scales are float16."""
-    cfg, (W, _, X) = Config(w_bits=3), ctx.layer("model.layers.1.mlp.down_proj")
-    s = X.abs().mean(0).sqrt()
-    first, second = (round_weight(W * factor, cfg) / factor for factor in (s, 0.37 * s))
-    return float(((first - second).abs() > 0.01 * first.abs().mean()).float().mean())
-
-
-@torch.no_grad()
-def salient_channels(ctx) -> list[dict]:
-    """Loss at INT3 g128 on reference-outlier after special care of 1 % of each linear's inputs (Tables 1 and 2).
-
-    Rows: rtn (none); kept_by_activation, kept_by_weight, kept_at_random (left unrounded); doubled (those with the
-    largest mean |x|, doubled before rounding and halved after).
-    """
-    cfg, tokens, calib = Config(w_bits=3), ctx.test_windows(16), ctx.calib(4, 128)
-    generator = torch.Generator().manual_seed(0)
-
-    def treat(W: Tensor, magnitude: Tensor, how: str) -> Tensor:
-        order = magnitude
-        if how == "kept_by_weight":
-            order = W.norm(dim=0)
-        elif how == "kept_at_random":
-            order = torch.rand(W.shape[1], generator=generator)
-        salient = order.topk(max(1, round(0.01 * len(order)))).indices
-        s = torch.ones_like(magnitude)
-        s[salient] = 2.0 if how == "doubled" else 1.0
-        Q = round_weight(W * s, cfg) / s
-        if how.startswith("kept"):
-            Q[:, salient] = W[:, salient]
-        return Q
-
-    rows = []
-    for how in ("rtn", "kept_by_activation", "kept_by_weight", "kept_at_random", "doubled"):
-        model = ctx.reference("reference-outlier")
-        for block in walk_blocks(model, calib, propagate="original"):
-            linears, magnitude = named_linears(block.module), {}
-            block.observe(linears, lambda name, X, seen=magnitude: seen.update({name: X.abs().mean(0)}))
-            for name, linear in linears.items():
-                linear.weight.copy_(treat(linear.weight, magnitude[name], how))
-        logits = model(tokens).logits[:, :-1]
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        rows.append({"name": how, "value": float(loss)})
-    return rows

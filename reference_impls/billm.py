@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from requant.reference_impls._hessian import damped, inverse_cholesky, proxy_loss
-from requant.reference_impls._quant import pack_bits, unpack_bits
+from requant.reference_impls._binary import BinaryBlock, fit_scale, signed_value, split_error
+from requant.reference_impls._hessian import damped, inverse_cholesky
+from requant.reference_impls._quant import check_choices, pack_bits, unpack_bits
 from requant.reference_impls._walk import check_calib, copy_model, named_linears, walk_blocks
 
-_COMPENSATIONS = ("diagonal", "solve", "none")
-_BREAK_POINTS = ("quantile", "quantile_with_zeros", "max")
+COMPENSATIONS = ("diagonal", "solve", "none")
 
 
 @dataclass(frozen=True)
@@ -43,54 +43,6 @@ class Config:
     n_break_points: int = 81  # code: levels 0.10 to 0.90 in steps of 0.01
 
 
-@dataclass(frozen=True)
-class Block:
-    """A binarized block of n columns, as it is stored.
-
-    Attributes:
-        first: bool [d_out, n], whether the (first) sign is positive.
-        second: bool [d_out, n], in salient columns the sign of the residual, elsewhere the flag of the sparse group.
-        salient: bool [n].
-        scale, mean: float32 [4, d_out, 1] with float16 values, for the concentrated group, the sparse group, and the
-            first and second term of the salient columns.
-    """
-
-    first: Tensor
-    second: Tensor
-    salient: Tensor
-    scale: Tensor
-    mean: Tensor
-
-    def dequantize(self) -> Tensor:
-        """The approximation, float32 [d_out, n] (Eq. 7 and Algorithm 1, line 11)."""
-        concentrated, sparse, term = (_value(self.mean[i], self.scale[i], self.first) for i in range(3))
-        residual = _value(self.mean[3], self.scale[3], self.second)
-        return torch.where(self.salient, term + residual, torch.where(self.second, sparse, concentrated))
-
-
-def _value(mean: Tensor, scale: Tensor, positive: Tensor) -> Tensor:
-    return mean + torch.where(positive, scale, -scale)
-
-
-def _fit(x: Tensor, mask: Tensor, row_means: bool) -> tuple[Tensor, Tensor]:
-    """Mean and scale of each row's masked entries, [d_out, 1] each (Eq. 4 and 12); 0 where a row has none."""
-    count = mask.expand_as(x).sum(1, keepdim=True).clamp(min=1)
-    mean = (x * mask).sum(1, keepdim=True) / count if row_means else torch.zeros_like(x[:, :1])
-    return mean, ((x - mean).abs() * mask).sum(1, keepdim=True) / count
-
-
-def _split_error(x: Tensor, mask: Tensor, terms: int, row_means: bool) -> Tensor:
-    """Squared error of binarizing masked and other entries apart, `terms` times each (Eq. 5, 8, 11)."""
-    total = x.new_zeros(())
-    for part in (mask, ~mask):
-        rest = x
-        for _ in range(terms):
-            mean, scale = _fit(rest, part, row_means)
-            rest = rest - _value(mean, scale, rest - mean >= 0)
-        total = total + (rest.square() * part).sum()
-    return total
-
-
 def search_columns(x: Tensor, order: Tensor, cfg: Config) -> int:
     """How many columns of x [d_out, n] to treat as salient, the first of `order` first (Eq. 5, Algorithm 2)."""
     n = x.shape[1]
@@ -100,7 +52,7 @@ def search_columns(x: Tensor, order: Tensor, cfg: Config) -> int:
         return high
     if cfg.search_terms > 1 or cfg.row_means:
         rank = order.argsort()
-        errors = [_split_error(x, rank < k, cfg.search_terms, cfg.row_means) for k in counts]
+        errors = [split_error(x, rank < k, cfg.search_terms, cfg.row_means) for k in counts]
         return int(counts[torch.stack(errors).argmin()])
     # with the best scale |x - a sign(x)|^2 = |x|^2 - (sum |x|)^2 / n: maximize the sum of the last terms
     sums = x[:, order].abs().cumsum(1)
@@ -132,7 +84,7 @@ def search_break_point(x: Tensor, n_zeros: int, cfg: Config) -> Tensor:
     magnitude = x.abs()
     points = break_points(magnitude, n_zeros, cfg)
     if cfg.row_means:
-        return points[torch.stack([_split_error(x, magnitude <= p, 1, True) for p in points]).argmin()]
+        return points[torch.stack([split_error(x, magnitude <= p, 1, True) for p in points]).argmin()]
     ordered = magnitude.sort(1).values
     sums = nn.functional.pad(ordered.cumsum(1), (1, 0))  # [d_out, n + 1]
     count = torch.searchsorted(ordered, points.repeat(len(x), 1), right=True)  # [d_out, n_break_points]
@@ -160,20 +112,20 @@ def find_groups(W: Tensor, saliency: Tensor, cfg: Config) -> tuple[Tensor, Tenso
     return salient, sparse
 
 
-def binarize_block(W: Tensor, saliency: Tensor, cfg: Config) -> Block:
+def binarize_block(W: Tensor, saliency: Tensor, cfg: Config) -> BinaryBlock:
     """Binarize one block of columns (Algorithm 1, lines 6 to 11); W, saliency [d_out, n], left unchanged."""
     salient, sparse = find_groups(W, saliency, cfg)
     columns = salient.expand_as(W)
     masks = (~(columns | sparse), sparse, columns)
-    fits = [[t.half().float() for t in _fit(W, mask, cfg.row_means)] for mask in masks]
+    fits = [[t.half().float() for t in fit_scale(W, mask, cfg.row_means)] for mask in masks]
     first = torch.zeros_like(sparse)
     for mask, (mean, _) in zip(masks, fits, strict=True):
         first |= mask & (W - mean >= 0)
-    residual = W - _value(*fits[2], first)  # Eq. 6
-    fits.append([t.half().float() for t in _fit(residual, columns, cfg.row_means)])
+    residual = W - signed_value(*fits[2], first)  # Eq. 6
+    fits.append([t.half().float() for t in fit_scale(residual, columns, cfg.row_means)])
     second = torch.where(columns, residual - fits[3][0] >= 0, sparse)
     mean, scale = (torch.stack(parts) for parts in zip(*fits, strict=True))
-    return Block(first, second, salient, scale, mean)
+    return BinaryBlock(first, second, salient, scale, mean)
 
 
 def spread_error(error: Tensor, U: Tensor, compensation: str) -> Tensor:
@@ -187,7 +139,7 @@ def spread_error(error: Tensor, U: Tensor, compensation: str) -> Tensor:
     return error / U.diagonal() if compensation == "diagonal" else torch.zeros_like(error)
 
 
-def binarize_columns(W: Tensor, H: Tensor, cfg: Config) -> Iterator[Block]:
+def binarize_columns(W: Tensor, H: Tensor, cfg: Config) -> Iterator[BinaryBlock]:
     """Algorithm 1: binarize block after block, each block's error spread over the columns to its right.
 
     Args:
@@ -210,9 +162,7 @@ def binarize_columns(W: Tensor, H: Tensor, cfg: Config) -> Iterator[Block]:
 
 
 def _check(cfg: Config) -> None:
-    for name, choices in (("compensation", _COMPENSATIONS), ("break_points", _BREAK_POINTS)):
-        if getattr(cfg, name) not in choices:
-            raise ValueError(f"{name} {getattr(cfg, name)!r} is unknown; choose one of {', '.join(choices)}")
+    check_choices(cfg, compensation=COMPENSATIONS, break_points=("quantile", "quantile_with_zeros", "max"))
     if not 1 <= cfg.min_salient <= cfg.max_salient:
         raise ValueError(f"need 1 <= min_salient <= max_salient, got {cfg.min_salient} and {cfg.max_salient}")
     for name in ("block_size", "search_terms", "n_break_points"):
@@ -277,7 +227,7 @@ def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
     for key in fits.keys() & packed.keys():
         fits[key][:, _stored_fits(cfg)] = packed[key].float()
     pieces = (plane.bool().split(cfg.block_size, -1) for plane in planes.values())
-    blocks = (Block(*parts) for parts in zip(*pieces, fits["scale"], fits["mean"], strict=True))
+    blocks = (BinaryBlock(*parts) for parts in zip(*pieces, fits["scale"], fits["mean"], strict=True))
     return torch.cat([block.dequantize() for block in blocks], 1)
 
 
@@ -290,102 +240,3 @@ def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
     n_scales = len(_stored_fits(cfg)) * -(-d_in // cfg.block_size) * (2 if cfg.row_means else 1)  # a row
     n_bytes = n_planes * -(-d_out * d_in // 8) + 2 * n_scales * d_out + (-(-d_in // 8) if cfg.salient else 0)
     return 8 * n_bytes / (d_out * d_in)
-
-
-# --- invariants named in papers/billm.yaml ----------------------------------------------------------------------------
-
-_LAYERS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
-
-
-def _first_parts(ctx) -> Iterator[tuple[Tensor, Tensor]]:
-    """Weights and saliencies of the first block of columns, for four linears of one decoder block."""
-    n = Config().block_size
-    for name in _LAYERS:
-        W, H, _ = ctx.layer(f"model.layers.2.{name}")
-        U = inverse_cholesky(damped(H, Config().damp_ratio))
-        yield W[:, :n], (W / U.diagonal()).square()[:, :n]
-
-
-def _row_errors(W: Tensor, Q: Tensor) -> Tensor:
-    return (W - Q).square().sum(1)
-
-
-def second_term_ratio(ctx) -> float:
-    """Largest ratio, over rows, of the error of two terms to that of one, in salient columns; <= 1 by Eq. 8."""
-    ratios = []
-    for W, saliency in _first_parts(ctx):
-        block = binarize_block(W, saliency, Config())
-        two, one = block.dequantize(), _value(block.mean[2], block.scale[2], block.first)
-        two, one = (_row_errors(W[:, block.salient], Q[:, block.salient]) for Q in (two, one))
-        ratios.append(float((two / one).max()))
-    return max(ratios)
-
-
-def splitting_ratio(ctx) -> float:
-    """Largest ratio, over rows, of the error of two magnitude groups to that of one; <= 1 at any break-point."""
-    ratios = []
-    for W, saliency in _first_parts(ctx):
-        blocks = (binarize_block(W, saliency, Config(salient=False, splitting=on)) for on in (True, False))
-        two, one = (_row_errors(W, block.dequantize()) for block in blocks)
-        ratios.append(float((two / one).max()))
-    return max(ratios)
-
-
-def most_values_in_a_row(ctx) -> float:
-    """Most distinct values a row takes within a block: at most 2 concentrated, 2 sparse and 4 salient ones."""
-    counts = []
-    for W, saliency in _first_parts(ctx):
-        ordered = binarize_block(W, saliency, Config()).dequantize().sort(1).values
-        counts.append(float((ordered.diff(dim=1) != 0).sum(1).max()) + 1)
-    return max(counts)
-
-
-def misplaced_weights(ctx) -> float:
-    """Sparse weights in salient columns, concentrated ones larger than a sparse one, too few or many columns."""
-    wrong = 0
-    for W, saliency in _first_parts(ctx):
-        salient, sparse = find_groups(W, saliency, Config())
-        concentrated = ~(sparse | salient)
-        wrong += int((sparse & salient).sum())
-        wrong += int((W.abs()[concentrated] >= W.abs()[sparse].min()).sum())
-        wrong += int(not Config().min_salient <= int(salient.sum()) <= Config().max_salient)
-    return float(wrong)
-
-
-def compensation_inside_a_block(ctx) -> float:
-    """Largest difference that compensation makes to a layer of a single block; none of it stays inside."""
-    W, H, _ = ctx.layer("model.layers.2.self_attn.o_proj")
-    Q = [quantize_weight(W, H, Config(block_size=len(H), compensation=how)) for how in _COMPENSATIONS]
-    return max(float((Q[i] - Q[2]).abs().max()) for i in range(2))
-
-
-def search_excess(ctx) -> float:
-    """How much worse, relatively, the searches by prefix sums do than trying every candidate."""
-    cfg, excess = Config(), []
-    for W, saliency in _first_parts(ctx):
-        x, order = W[:64].double(), saliency.sum(0).argsort(descending=True)
-        rank, size = order.argsort(), x.abs()
-        counts = range(cfg.min_salient, cfg.max_salient + 1)
-        columns = {k: float(_split_error(x, rank < k, 1, False)) for k in counts}
-        points = [float(_split_error(x, size <= p, 1, False)) for p in break_points(size, 0, cfg)]
-        found = float(_split_error(x, size <= search_break_point(x, 0, cfg), 1, False))
-        excess += [
-            columns[search_columns(x, order, cfg)] / min(columns.values()) - 1,
-            found / min(points) - 1,
-        ]
-    return max(excess)
-
-
-def least_squares_update_ratio(ctx) -> float:
-    """Largest ratio of layer losses once one block is binarized: least-squares correction to line 12's."""
-    ratios, n = [], Config().block_size
-    for (part, saliency), name in zip(_first_parts(ctx), _LAYERS, strict=True):
-        W, H, _ = ctx.layer(f"model.layers.2.{name}")
-        H = damped(H, Config().damp_ratio)
-        U = inverse_cholesky(H)
-        error = part - binarize_block(part, saliency, Config()).dequantize()
-        spread = (spread_error(error, U[:n, :n], how) @ U[:n, n:] for how in _COMPENSATIONS[:2])
-        changes = (torch.cat([error, right], 1) for right in spread)
-        diagonal, solve = (proxy_loss(torch.zeros_like(W), change, H) for change in changes)
-        ratios.append(solve / diagonal)
-    return max(ratios)

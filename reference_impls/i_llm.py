@@ -13,41 +13,31 @@ Deviates  FSBR follows the official code, but q/k factors are tied over rotary p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from requant.reference_impls import _dyadic, _learn, _quant
-from requant.reference_impls._activation import QuantInput, transform_attention
+from requant.reference_impls import _learn, _quant
+from requant.reference_impls._activation import QuantInput, SmoothedSiLU, one_each, transform_attention
 from requant.reference_impls._anatomy import anatomy, block_anatomies
 from requant.reference_impls._dyadic import Dyadic, constant
 from requant.reference_impls._equivalence import Folded, query_key, sites
-from requant.reference_impls._integer_block import (
-    DIMatMul,
-    IntegerBlock,
-    di_clipped_softmax,
-    di_exp,
-    rotary_tables,
-)
-from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._integer_block import DIMatMul, IntegerBlock, require_integer_operators
+from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._rotation import heads
 from requant.reference_impls._walk import (
     Block,
-    UnsupportedModelError,
     check_calib,
     copy_model,
     decoder_blocks,
     replace_module,
     walk_blocks,
 )
-from requant.reference_impls.smoothquant import channel_peaks
+from requant.reference_impls.smoothquant import channel_peaks, smoothing_factors
 
-_BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 _SMALLEST = 0.01  # code: factors are pushed away from 0 to this
 
@@ -74,8 +64,7 @@ class Config:
     seed: int = 0  # order of the samples (code: 2)
 
     def __post_init__(self) -> None:
-        if self.smoothing not in ("full", "partial", "none"):
-            raise QuantizationError(f"smoothing is {self.smoothing!r}; choose full, partial or none")
+        check_choices(self, smoothing=("full", "partial", "none"))
         if not (2 <= self.w_bits <= 8 and 2 <= self.a_bits <= 8 and 2 <= self.kv_bits <= 8):
             raise QuantizationError("w_bits, a_bits and kv_bits must be from 2 to 8")
 
@@ -85,18 +74,6 @@ ERROR_FLOOR = 5e-3  # weight clipping starts at 0.982 of the range
 
 
 # --- FSBR: smoothing and clipping, learned ---------------------------------------------------------------------------
-
-
-class SmoothedSiLU(nn.Module):
-    """x1 sigmoid(x1 / a): SiLU of a gate whose rows were multiplied by a; the result is a times as large (code)."""
-
-    def __init__(self, size: int, transform: Callable[[Tensor], Tensor]):
-        super().__init__()
-        self.a, self.transform = nn.Parameter(torch.ones(size), requires_grad=False), transform
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.transform(x)
-        return x * (x / self.a).sigmoid()
 
 
 class Smoothing(nn.Module):
@@ -117,8 +94,7 @@ class Smoothing(nn.Module):
         factors = {"qk": torch.ones(self.parts.k.out_features), "act": torch.ones(self.parts.up.out_features)}
         for name, site in self.sites.items():
             reader = site.linears[-1 if name == "mlp_norm" else 0]  # code: q, up, o, down
-            peak, weight = peaks[reader].clamp(min=1e-5), reader.weight.float().abs().amax(0).clamp(min=1e-5)
-            s = (peak**cfg.alpha / weight ** (1 - cfg.alpha)).clamp(min=1e-5)
+            s = smoothing_factors(peaks[reader].clamp(min=1e-5), [reader.weight], cfg.alpha)
             factors[name] = s.view(-1, site.repeat, site.head_dim)[:, 0].flatten() if site.repeat > 1 else s
         partial_sites = {"attn_norm", "mlp_norm", "value"}
         used = {"full": set(factors), "partial": partial_sites, "none": set()}[cfg.smoothing]
@@ -146,9 +122,7 @@ class Smoothing(nn.Module):
                 root, names[id(linear)], QuantInput(linear, before, inner if role == "up" else None)
             )
         widths = (cfg.a_bits, cfg.kv_bits, cfg.kv_bits)
-        attn.requant_transform = lambda *qkv: tuple(
-            _learn.token_ste(x, bits) for x, bits in zip(qkv, widths, strict=True)
-        )
+        attn.requant_transform = one_each(*(partial(_learn.token_ste, bits=bits) for bits in widths))
 
     @torch.no_grad()
     def push_away(self) -> None:
@@ -206,7 +180,7 @@ class Smoothing(nn.Module):
         for role, linear in self.linears.items():
             codes = weight_codes(now[linear.weight], self.cfg, self.strengths[role])
             linears[role] = DIMatMul(codes, None if linear.bias is None else now[linear.bias])
-            now[linear.weight] = _dequantize(*codes)
+            now[linear.weight] = codes.to_float()
         gains = now[parts.attn_norm.weight], now[parts.mlp_norm.weight]
         eps, scaling = float(config.rms_norm_eps), float(parts.attn.scaling)  # 1 / sqrt(head_dim)
         made = IntegerBlock(linears, gains, eps, self.factors["act"], scaling, heads(parts, config), self.cfg)
@@ -223,11 +197,7 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
     Raises: UnsupportedModelError for blocks other than Llama's, Mistral's and Qwen2's; QuantizationError without calib.
     """
     check_calib(calib)
-    kind = type(decoder_blocks(model)[0]).__name__
-    if kind not in _BLOCKS or getattr(model.config, "hidden_act", None) != "silu":
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: integer operators are written for {', '.join(_BLOCKS)} with SiLU, not for {kind}"
-        )
+    require_integer_operators(model)
     model, generator = copy_model(model), torch.Generator().manual_seed(cfg.seed)
     peaks = channel_peaks(model, calib)
     for parts in block_anatomies(model):
@@ -246,183 +216,37 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
 
 
 @torch.no_grad()
-def weight_codes(W: Tensor, cfg: Config, strengths: nn.Module | None = None) -> tuple[Tensor, ...]:
-    """Codes int64 [d_out, d_in], zero point, m and k [d_out, 1]; without strengths clipping is where it starts."""
+def weight_codes(W: Tensor, cfg: Config, strengths: nn.Module | None = None) -> Dyadic:
+    """W [d_out, d_in] on a dyadic grid a row; without strengths clipping is where it starts."""
     scale, zero_point = (strengths or _learn.ClippingStrengths(W)).grid(W, cfg.w_bits)
     m, k = constant(scale)
     step = torch.ldexp(m.float(), -k.float())
-    return ((W / step).round() + zero_point).clamp(0, 2**cfg.w_bits - 1).long(), zero_point.long(), m, k
-
-
-def _dequantize(codes: Tensor, zero_point: Tensor, m: Tensor, k: Tensor) -> Tensor:
-    return (codes - zero_point).float() * torch.ldexp(m.float(), -k.float())
+    codes = ((W / step).round() + zero_point).clamp(0, 2**cfg.w_bits - 1)
+    return Dyadic(codes.long(), zero_point.long(), m, k)
 
 
 def quantize_weight(W: Tensor, H: Tensor | None, cfg: Config) -> Tensor:
     """Round W [d_out, d_in] as before any training; smoothing is outside of it. H is ignored."""
-    return _dequantize(*weight_codes(W, cfg))
+    return weight_codes(W, cfg).to_float()
 
 
 def pack_weight(W: Tensor, H: Tensor | None, cfg: Config) -> dict[str, Tensor]:
     """The tensors stored for one layer: packed codes, and zero point, m and k of each row in a byte each."""
-    codes, zero_point, m, k = weight_codes(W, cfg)
-    shape = torch.tensor(codes.shape, dtype=torch.int32)
-    small = {"zero_point": zero_point.to(torch.uint8), "m": m.to(torch.uint8), "k": k.to(torch.int8)}
-    return {"shape": shape, "codes": _quant.pack_bits(codes, cfg.w_bits)} | small
+    rounded = weight_codes(W, cfg)
+    small = {"zero_point": torch.uint8, "m": torch.uint8, "k": torch.int8}
+    return {
+        "shape": torch.tensor(W.shape, dtype=torch.int32),
+        "codes": _quant.pack_bits(rounded.codes, cfg.w_bits),
+        **{name: getattr(rounded, name).to(dtype) for name, dtype in small.items()},
+    }
 
 
 def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
     """Inverse of `pack_weight`: float32 [d_out, d_in]."""
     codes = _quant.unpack_bits(packed["codes"], cfg.w_bits, tuple(packed["shape"].tolist()))
-    return _dequantize(codes, *(packed[name].long() for name in ("zero_point", "m", "k")))
+    return Dyadic(codes, *(packed[name].long() for name in ("zero_point", "m", "k"))).to_float()
 
 
 def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
     """b + 24/d_in: codes, and three bytes a row."""
     return cfg.w_bits + 24 / d_in
-
-
-# --- invariants and findings named in papers/i_llm.yaml ---------------------------------------------------------------
-
-
-@torch.no_grad()
-def _any_factors(ctx, model: nn.Module) -> Iterator[Smoothing]:
-    """Block by block, FSBR with its initial factors times random ones between 1/2 and 2, at every kind of site."""
-    tokens, generator = ctx.calib(2), torch.Generator().manual_seed(ctx.seed)
-    peaks = channel_peaks(model, tokens)
-    for block in walk_blocks(model, tokens):
-        fsbr = Smoothing(block, model.config, peaks, Config(), quantizers=False)
-        for s in fsbr.factors.values():
-            s *= 2 ** (2 * torch.rand(s.shape, generator=generator) - 1)
-        yield fsbr
-
-
-@torch.no_grad()
-def smoothing_keeps_the_function(ctx) -> float:
-    """Largest change of a logit by all six kinds of factors, without rounding, as a share of the largest logit."""
-    model, tokens = ctx.reference("reference-outlier"), ctx.test_windows(2)
-    plain = model(tokens).logits
-    for fsbr in _any_factors(ctx, model):
-        fsbr.smoothed().write()
-    return float((model(tokens).logits - plain).abs().max() / plain.abs().max())
-
-
-def _integer_input(ctx, name: str, bits: int) -> tuple[Tensor, Dyadic]:
-    W, _, X = ctx.layer(f"model.layers.1.{name}", n_tokens=256)
-    return W, _dyadic.from_float(X[None], bits)
-
-
-def integer_product_is_exact(ctx) -> float:
-    """Largest relative difference between DI-MatMul before requantization and float64, at 4 and 8 bits."""
-    worst = 0.0
-    for bits in (4, 8):
-        for name in ("self_attn.q_proj", "mlp.down_proj"):
-            W, x = _integer_input(ctx, name, bits)
-            weight = weight_codes(W, Config(w_bits=bits, a_bits=bits))
-            y, m, k = DIMatMul(weight, None)(x)
-            expected = x.to_float(torch.float64) @ _dequantize(*weight).double().T
-            found = y.double() * torch.ldexp(m.double(), -k.double())
-            worst = max(worst, float((found - expected).abs().max() / expected.abs().max()))
-    return worst
-
-
-def _exponentials(guard_bits: int) -> tuple[Tensor, Tensor]:
-    """Codes 0, -1, ..., -255 of [-15, 0] and what DI-Exp makes of them."""
-    m, k = constant(torch.tensor([15 / 255]))
-    x = -torch.arange(256)
-    return x, di_exp(x, m, k, guard_bits)
-
-
-def error_of_di_exp(ctx) -> float:
-    """Largest |DI-Exp(x) / DI-Exp(0) - exp(x)| over the 256 codes of [-15, 0]; the line alone is off by 0.043."""
-    x, e = _exponentials(Config().guard_bits)
-    return float((e / e[0] - (x * 15 / 255).double().exp()).abs().max())
-
-
-def di_exp_falls_and_halves(ctx) -> float:
-    """Codes at which DI-Exp as printed rises with |x|, or does not halve after DI-Exp(0) steps, rounded down."""
-    _, e = _exponentials(0)
-    steps = int(e[0])
-    return float((e.diff() > 0).sum() + (e[steps:] != e[:-steps] >> 1).sum())
-
-
-def no_float_inside_blocks(ctx) -> float:
-    """Operations of an integer block that return a float, from the codes of its input to those of its output."""
-
-    class Count(TorchDispatchMode):
-        floats = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            self.floats += any(isinstance(t, Tensor) and t.is_floating_point() for t in tree_leaves(out))
-            return out
-
-    model, cfg = ctx.reference(), Config()
-    block = next(_any_factors(ctx, model)).settle(model.config)
-    x = _integer_input(ctx, "self_attn.q_proj", cfg.residual_bits)[1]
-    angles = torch.arange(256)[None, :, None] / 10000 ** (torch.arange(64) % 32 / 32)
-    tables = rotary_tables(angles.cos(), angles.sin())
-    with torch.no_grad(), Count() as count:
-        y = block.run(x, tables, torch.ones(256, 256, dtype=torch.bool).tril())
-    return count.floats + float(any(t.is_floating_point() for t in (y.codes, y.zero_point, y.m, y.k)))
-
-
-@torch.no_grad()
-def cost_of_integers_at_8_bits(ctx) -> float:
-    """Nats that W8A8 with every operator of the blocks on integers costs on 4 test windows, factors not trained."""
-    model, windows = ctx.reference(), ctx.test_windows(4)
-    quantized = quantize(model, ctx.calib(2), Config(w_bits=8, a_bits=8, kv_bits=8, n_epochs=0))
-    losses = []
-    for network in (quantized, model):
-        logits = network(windows).logits[:, :-1].flatten(0, 1)
-        losses.append(float(nn.functional.cross_entropy(logits, windows[:, 1:].flatten())))
-    return losses[0] - losses[1]
-
-
-def _probabilities(ctx, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
-    """DI-ClippedSoftmax of real scores (a head, no rotary embedding), float probabilities, and who sees whom."""
-    W, _, X = ctx.layer("model.layers.1.self_attn.q_proj", n_tokens=256)
-    keys = X @ ctx.layer("model.layers.1.self_attn.k_proj", n_tokens=256)[0][:64].T
-    scores = (X @ W[:64].T @ keys.T / 8).double()
-    valid, ones = torch.ones(256, 256, dtype=torch.bool).tril(), torch.ones(256, 1, dtype=torch.int64)
-    integers = ((scores * 2**20).round().long(), 128 * ones, 27 * ones)
-    return di_clipped_softmax(integers, valid, cfg), scores.masked_fill(~valid, -torch.inf).softmax(-1), valid
-
-
-def softmax_rows_sum_to_one(ctx) -> float:
-    """Largest |row sum - 128| of 8-bit probabilities, in units of half a step for each position that is seen."""
-    p, _, valid = _probabilities(ctx, Config())
-    return float(((p.sum(-1) - 128).abs() / (valid.sum(-1) / 2)).max() + p.masked_fill(valid, 0).abs().max())
-
-
-def softmax_errors(ctx) -> list[dict]:
-    """Half the summed |difference| to float probabilities, mean over rows: c = 3 and 15, no clip, no guard bits."""
-    variants = {
-        "c15": {},
-        "c3": {"softmax_clip": 3},
-        "unclipped": {"softmax_clip": None},
-        "as_printed": {"guard_bits": 0},
-    }
-    rows = []
-    for name, over in variants.items():
-        p, exact, _ = _probabilities(ctx, Config(**over))
-        rows.append({"name": name, "value": float((p / 128 - exact).abs().sum(-1).mean() / 2)})
-    return rows
-
-
-def reconstruction_errors(ctx) -> list[dict]:
-    """Output error of the first block on 4 samples FSBR did not see, after 4 epochs over 8 others; initially 1."""
-    model, calib = copy_model(ctx.reference("reference-outlier")), ctx.calib(12)
-    peaks = channel_peaks(model, calib[:8])
-    transform_attention(model, block_anatomies(model)[0].attn, lambda q, k, v: (q, k, v))
-    block = next(walk_blocks(model, calib, propagate="both"))
-    (X, Y), fsbr = (
-        (torch.cat(t) for t in (block.inputs, block.targets)),
-        Smoothing(block, model.config, peaks, Config(n_epochs=4)),
-    )
-    unseen = replace(block, inputs=[X[8:]], targets=[Y[8:]])
-    block.inputs, block.targets = [X[:8]], [Y[:8]]
-    before = _learn.output_error(unseen, fsbr.rounded())
-    fsbr.train_block(torch.Generator().manual_seed(ctx.seed))
-    trained = _learn.output_error(unseen, fsbr.rounded()) / before
-    return [{"name": "trained", "value": trained}, {"name": "initial", "value": 1.0}]

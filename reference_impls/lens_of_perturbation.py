@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from requant.reference_impls import _quant
 from requant.reference_impls._activation import wrap_linears
-from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._quant import check_choices
 from requant.reference_impls._walk import copy_model, decoder_blocks
 from requant.reference_impls._weights import quantize_linears
 
@@ -40,8 +40,7 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        if self.transform not in ("cube_root", "identity"):
-            raise QuantizationError(f"transform is {self.transform!r}; choose cube_root or identity")
+        check_choices(self, transform=("cube_root", "identity"))
 
 
 # --- the quantizer ----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ Deviates  what the code and the text do differently follows the code (weights ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -22,15 +22,10 @@ from torch.nn.functional import linear as product
 
 from requant.reference_impls import _quant
 from requant.reference_impls._activation import QuantInput
+from requant.reference_impls._float_grid import Biases, Format, first_format, formats, stored
 from requant.reference_impls._quant import QuantizationError
 from requant.reference_impls._rotation import untie_head
-from requant.reference_impls._walk import (
-    check_calib,
-    copy_model,
-    named_linears,
-    replace_module,
-    walk_blocks,
-)
+from requant.reference_impls._walk import check_calib, copy_model, named_linears, replace_module, walk_blocks
 
 
 @dataclass(frozen=True)
@@ -68,93 +63,17 @@ class Config:
 TINY = {"n_grid": 6, "n_rounds": 1}
 
 
-# --- the format -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Format:
-    """EeMm: a sign, e exponent bits, m mantissa bits; subnormals exist, no code is spent on infinity or NaN."""
-
-    e: int
-    m: int
-
-    def bias(self, peak: Tensor) -> Tensor:
-        """The real exponent bias B whose largest value is peak: 2^e - log2 c + log2(2 - 2^-m) - 1 (code)."""
-        top = torch.tensor(2 - 2.0**-self.m)
-        return 2**self.e - peak.clamp(min=1e-8).log2() + top.log2() - 1
-
-    def peak(self, B: Tensor) -> Tensor:
-        """The largest value, c = (2 - 2^-m) 2^(2^e - 1 - B); the text and the code, where Eq. 15 prints 2^(e-1)."""
-        return (2 - 2.0**-self.m) * 2.0 ** (2**self.e - 1 - B)
-
-    def step(self, x: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Exponent p = max(1, floor(log2|x| + B)) and step 2^(p - m - B) (code)."""
-        p = (x.abs().log2() + B).floor().clamp(min=1)
-        return p, 2.0 ** (p - self.m - B)
-
-    def round(self, x: Tensor, B: Tensor) -> Tensor:
-        """FP(x; e, m, B): clip to +-c, then to the nearest multiple of the step; B broadcasts against x."""
-        c = self.peak(B)
-        x = torch.minimum(torch.maximum(x, -c), c)
-        _, step = self.step(x, B)
-        return (x / step).round() * step
-
-    def encode(self, x: Tensor, B: Tensor) -> Tensor:
-        """Codes 0 .. 2^(1+e+m) - 1 of values that `round` gave: sign, exponent, mantissa; int64."""
-        p, step = self.step(x, B)
-        magnitude = (p - 1) * 2**self.m + (x.abs() / step).round()
-        return magnitude.long() + (x < 0).long() * 2 ** (self.e + self.m)
-
-    def decode(self, codes: Tensor, B: Tensor) -> Tensor:
-        """Inverse of `encode`: float32."""
-        size = 2 ** (self.e + self.m)
-        sign, magnitude = 1 - 2 * (codes // size), codes % size
-        exponent, mantissa = magnitude >> self.m, magnitude % 2**self.m
-        mantissa = mantissa + (exponent > 0) * 2**self.m
-        return sign * mantissa * 2.0 ** (exponent.clamp(min=1) - self.m - B)
-
-
-def first_format(bits: int, cfg: Config) -> Format:
-    """Where a search starts, and what MinMax uses: E2M1 at 4 bits, E4M3 at 8, or the only one that is to be tried."""
-    e = min(bits - 1, 2 if bits < 8 else 4)
-    if cfg.mantissa_bits is not None and len(cfg.mantissa_bits) == 1:
-        e = bits - 1 - cfg.mantissa_bits[0]
-    return Format(e, bits - 1 - e)
-
-
-def formats(bits: int, cfg: Config) -> list[Format]:
-    """The formats a search tries (code): all but E0 below 8 bits, at least two mantissa bits from there on."""
-    if not cfg.search:
-        return [first_format(bits, cfg)]
-    tried = cfg.mantissa_bits or range(0 if bits < 8 else 2, bits - 1)
-    found = [Format(bits - 1 - m, m) for m in tried if m < bits - 1]
-    if not found:
-        raise QuantizationError(f"mantissa_bits {tuple(tried)} leave no exponent bit at {bits} bits")
-    return found
-
-
 # --- the search -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Biases:
-    """A format with the biases of one tensor: [d_out, 1] of a weight; rho + k [d_in] of an activation."""
-
-    format: Format
-    B: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.format.round(x, self.B)
-
-
-def stored(B: Tensor) -> Tensor:
-    """Round a bias to float16, as it is stored."""
-    return B.half().float()
 
 
 def factors(cfg: Config) -> list[float]:
     """The multiples of the first bias that are tried; 1.2 and 1 itself are not among the published ones (code)."""
     return [cfg.gamma_min + i * (cfg.gamma_max - cfg.gamma_min) / cfg.n_grid for i in range(cfg.n_grid)]
+
+
+def _tried(bits: int, cfg: Config) -> list[Format]:
+    """The formats a search tries; where there is none, the one that MinMax uses."""
+    return formats(bits, cfg.mantissa_bits) if cfg.search else [first_format(bits, cfg.mantissa_bits)]
 
 
 def channel_offsets(rho: Tensor, own: Tensor, format: Format) -> Tensor:
@@ -176,19 +95,15 @@ def best_rows(W: Tensor, format: Format, error: Callable[[Tensor], Tensor], cfg:
     return best
 
 
-def best_format(candidates: Iterable[Biases], error: Callable[[Biases], float]) -> Biases:
-    """The candidate with the least error."""
-    return min(candidates, key=error)
+def best_by_rows(W: Tensor, error: Callable[[Tensor], Tensor], cfg: Config) -> Biases:
+    """The format with the least mean error, and the best biases of its rows; arguments as of `best_rows`."""
+    found = [Biases(one, best_rows(W, one, error, cfg)) for one in _tried(cfg.w_bits, cfg)]
+    return min(found, key=lambda one: float(error(one(W)).mean()))
 
 
-def search_weight(W: Tensor, X: Tensor, target: Tensor, cfg: Config) -> Biases:
-    """Biases and format of W alone, by the error of X Q(W)^T against target [n_tokens, d_out]."""
-
-    def error(Q: Tensor) -> Tensor:
-        return (product(X, Q) - target).square().mean(0)
-
-    found = [Biases(one, best_rows(W, one, error, cfg)) for one in formats(cfg.w_bits, cfg)]
-    return best_format(found, lambda one: float(error(one(W)).mean()))
+def _row_error(X: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
+    """weight -> mean squared error of X Q(W)^T against target [n_tokens, d_out], for each output channel."""
+    return lambda Q: (product(X, Q) - target).square().mean(0)
 
 
 @torch.no_grad()
@@ -201,12 +116,10 @@ def search_linear(W: Tensor, X: Tensor, peaks: Tensor, cfg: Config) -> tuple[Bia
     """
     target = product(X, W)
     if cfg.a_bits >= 16:
-        return search_weight(W, X, target, cfg), None
-    options = formats(cfg.a_bits, cfg)
-    own = {
-        one: one.bias(peaks if cfg.channel_shift else peaks.max())
-        for one in {*options, first_format(cfg.a_bits, cfg)}
-    }
+        return best_by_rows(W, _row_error(X, target), cfg), None
+    options = _tried(cfg.a_bits, cfg)
+    first = first_format(cfg.a_bits, cfg.mantissa_bits)
+    own = {one: one.bias(peaks if cfg.channel_shift else peaks.max()) for one in {*options, first}}
 
     def inputs(format: Format, rho: Tensor) -> Biases:
         return Biases(format, rho + channel_offsets(rho, own[format], format))
@@ -214,28 +127,23 @@ def search_linear(W: Tensor, X: Tensor, peaks: Tensor, cfg: Config) -> tuple[Bia
     def error(weight: Biases, given: Biases) -> float:
         return float((product(given(X), weight(W)) - target).square().mean())
 
-    first = first_format(cfg.a_bits, cfg)
     given = inputs(first, stored(own[first].min()))
-    start = first_format(cfg.w_bits, cfg)
+    start = first_format(cfg.w_bits, cfg.mantissa_bits)
     weight = Biases(start, stored(start.bias(W.abs().amax(1, keepdim=True))))
     for _ in range(cfg.n_rounds if cfg.search else 0):
         rounded, Q = given(X), weight(W)
         rows = [
             Biases(one, best_rows(W, one, _row_error(rounded, target), cfg))
-            for one in formats(cfg.w_bits, cfg)
+            for one in _tried(cfg.w_bits, cfg)
         ]
         tensors = []
         for one in options:
             tried = [inputs(one, stored(gamma * own[one].min())) for gamma in factors(cfg)]
             losses = [(product(candidate(X), Q) - target).square().mean() for candidate in tried]
             tensors.append(tried[int(torch.stack(losses).argmin())])
-        weight = best_format(rows, lambda one, given=given: error(one, given))
-        given = best_format(tensors, lambda one, weight=weight: error(weight, one))
+        weight = min(rows, key=lambda one, given=given: error(one, given))
+        given = min(tensors, key=lambda one, weight=weight: error(weight, one))
     return weight, given
-
-
-def _row_error(X: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda Q: (product(X, Q) - target).square().mean(0)
 
 
 def quantize_linear(W: Tensor, X: Tensor, peaks: Tensor, cfg: Config) -> tuple[Tensor, Biases | None]:
@@ -245,7 +153,7 @@ def quantize_linear(W: Tensor, X: Tensor, peaks: Tensor, cfg: Config) -> tuple[T
         return weight(W), given
     k = (given.B - given.B.min()).round()  # [d_in]; a power of two moves through the product without rounding
     folded = W * 2.0**-k
-    Q = search_weight(folded, given(X) * 2.0**k, product(X, W), cfg)(folded)
+    Q = best_by_rows(folded, _row_error(given(X) * 2.0**k, product(X, W)), cfg)(folded)
     return Q * 2.0**k, given
 
 
@@ -256,7 +164,7 @@ def _weight_biases(W: Tensor, H: Tensor, cfg: Config) -> Biases:
     """The search without activations: tokens enter by H alone, whose square root stands in for them."""
     values, vectors = torch.linalg.eigh(H.double())
     X = (values.clamp(min=0).sqrt()[:, None] * vectors.T).float()  # X^T X = H
-    return search_weight(W, X, product(X, W), cfg)
+    return best_by_rows(W, _row_error(X, product(X, W)), cfg)
 
 
 def quantize_weight(W: Tensor, H: Tensor, cfg: Config) -> Tensor:
@@ -293,31 +201,18 @@ def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
 def quantize_embedding(W: Tensor, cfg: Config) -> Tensor:
     """Each row with the bias that leaves the least squared error, one format for all (code, fp_embed)."""
     how = replace(cfg, w_bits=cfg.embedding_bits)
-
-    def error(Q: Tensor) -> Tensor:
-        return (Q - W).square().mean(1)
-
-    found = [Biases(one, best_rows(W, one, error, how)) for one in formats(how.w_bits, how)]
-    return best_format(found, lambda one: float(error(one(W)).mean()))(W)
+    return best_by_rows(W, lambda Q: (Q - W).square().mean(1), how)(W)
 
 
-class _Seen:
-    """Inputs of one linear: all maxima, and some of the tokens."""
-
-    def __init__(self) -> None:
-        self.X: list[Tensor] = []
-
-    def see(self, X: Tensor) -> None:
-        self.X.append(X.flatten(0, -2).float())
-
-    def quantize(self, linear: nn.Linear, cfg: Config) -> QuantInput:
-        X = torch.cat(self.X)
-        peaks = X.abs().amax(0)
-        if cfg.search_tokens is not None and cfg.search_tokens < len(X):
-            X = X[torch.linspace(0, len(X) - 1, cfg.search_tokens).long()]
-        Q, given = quantize_linear(linear.weight.float(), X, peaks, cfg)
-        linear.weight.copy_(Q)
-        return QuantInput(linear, given)
+def _in_place(linear: nn.Linear, seen: list[Tensor], cfg: Config) -> QuantInput:
+    """Quantize a linear by its inputs [n, d_in]: all their maxima, and some of the tokens."""
+    X = torch.cat(seen).float()
+    peaks = X.abs().amax(0)
+    if cfg.search_tokens is not None and cfg.search_tokens < len(X):
+        X = X[torch.linspace(0, len(X) - 1, cfg.search_tokens).long()]
+    Q, given = quantize_linear(linear.weight.float(), X, peaks, cfg)
+    linear.weight.copy_(Q)
+    return QuantInput(linear, given)
 
 
 @torch.no_grad()
@@ -330,112 +225,20 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
     check_calib(calib)
     model = copy_model(model)
     untie_head(model)
-    head, final = model.get_output_embeddings(), _Seen()
-    handle = head.register_forward_pre_hook(lambda _module, args: final.see(args[0]))
+    head, final = model.get_output_embeddings(), []
+    handle = head.register_forward_pre_hook(lambda _module, args: final.append(args[0].flatten(0, -2)))
     for batch in calib.split(8):
         model(batch.to(model.device), use_cache=False)
     handle.remove()
     for block in walk_blocks(model, calib, propagate="original"):
         linears = named_linears(block.module)
-        seen = {name: _Seen() for name in linears}
-        block.observe(linears, lambda name, X, seen=seen: seen[name].see(X))
+        seen: dict[str, list[Tensor]] = {name: [] for name in linears}
+        block.observe(linears, lambda name, X, seen=seen: seen[name].append(X))
         for name, linear in linears.items():
-            replace_module(block.module, name, seen[name].quantize(linear, cfg))
+            replace_module(block.module, name, _in_place(linear, seen[name], cfg))
     name = next(name for name, module in model.named_modules() if module is head)
-    replace_module(model, name, final.quantize(head, cfg))
+    replace_module(model, name, _in_place(head, final, cfg))
     if cfg.embedding_bits < 16:
         embedding = model.get_input_embeddings()
         embedding.weight.copy_(quantize_embedding(embedding.weight.float(), cfg))
     return model
-
-
-# --- invariants and findings named in papers/llm_fp4.yaml -------------------------------------------------------------
-
-_ALL = [Format(bits - 1 - m, m) for bits in (4, 6, 8) for m in range(max(0, bits - 6), bits - 1)]
-
-
-def _random(n: int = 20000) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(n, generator=generator) * 2.0 ** torch.randint(-8, 8, (n,), generator=generator)
-
-
-def format_is_a_format(ctx) -> float:
-    """Over 14 formats, the largest breach of: idempotent, odd, 0 to 0, c to c, 2^(1+e+m) - 1 values, exact codes."""
-    worst, x = 0.0, _random()
-    for one in _ALL:
-        B = torch.tensor(2.25)
-        y, c = one.round(x, B), one.peak(B)
-        ends = one.round(torch.stack([c, -c, 0 * c]), B) - torch.stack([c, -c, 0 * c])
-        codes = torch.arange(2 ** (1 + one.e + one.m))
-        values = one.decode(codes, B)
-        breaches = (
-            one.round(y, B) - y,
-            one.round(-x, B) + y,
-            ends / c,
-            one.decode(one.encode(y, B), B) - y,
-            one.round(values, B) - values,
-            torch.tensor([len(values.unique()) - (len(codes) - 1.0)]),
-        )
-        worst = max(worst, *(float(breach.abs().max()) for breach in breaches))
-    return worst
-
-
-def one_exponent_bit_is_an_integer_grid(ctx) -> float:
-    """Largest difference of E1Mm to round(x/s) s clamped to +-(2^(m+1) - 1) s, in units of s = 2^(1 - m - B)."""
-    worst, x, B = 0.0, _random(), torch.tensor(0.5)
-    for m in range(1, 7):
-        s, limit = 2.0 ** (1 - m - B), 2 ** (m + 1) - 1
-        worst = max(
-            worst, float((Format(1, m).round(x, B) / s - (x / s).round().clamp(-limit, limit)).abs().max())
-        )
-    return worst
-
-
-def bias_is_a_power_of_two(ctx) -> float:
-    """Largest difference of FP(2^k x; B - k) and 2^k FP(x; B): offsets of channels cost no rounding."""
-    x, B = _random(), torch.tensor(1.375)
-    pairs = ((one.round(x * 2.0**k, B - k), 2.0**k * one.round(x, B)) for one in _ALL for k in (-3, 1, 4))
-    return max(float((a - b).abs().max()) for a, b in pairs)
-
-
-def offsets_fold_into_weights(ctx) -> float:
-    """Largest relative change of a product when X_j takes 2^k_j and W_j its inverse, X rounded on both sides."""
-    W, _, X = ctx.layer("model.layers.1.self_attn.q_proj", "reference-outlier", 256)
-    given = search_linear(W, X, X.abs().amax(0), Config(search=False))[1]
-    k = (given.B - given.B.min()).round()
-    outside = product(given(X), W)
-    moved = product(given.format.round(X * 2.0**k, given.B.min()), W * 2.0**-k)
-    return float((outside - moved).abs().max() / outside.abs().max())
-
-
-def tails_decide(ctx) -> list[dict]:
-    """Squared error of E2M1 over that of E1M2, an integer grid, both to the maximum: Student t (3), and uniform."""
-    generator = torch.Generator().manual_seed(ctx.seed)
-    normal = torch.randn(4, 64, 256, generator=generator)
-    heavy = normal[0] / (normal[1:].square().mean(0)).sqrt()
-    rows = [{"name": "even", "value": 1.0}]
-    for name, x in (("heavy", heavy), ("uniform", torch.rand(64, 256, generator=generator) - 0.5)):
-        peak = x.abs().amax(1, keepdim=True)
-        errors = [
-            float((one.round(x, one.bias(peak)) - x).square().sum()) for one in (Format(2, 1), Format(1, 2))
-        ]
-        rows.append({"name": name, "value": errors[0] / errors[1]})
-    return rows
-
-
-def products_by_variant(ctx) -> list[dict]:
-    """Relative error of 4-bit products on unseen tokens: offsets of channels, one bias a tensor, and no search."""
-    base = Config(n_grid=50, n_rounds=1)
-    variants = {"offsets": base, "searched": replace(base, channel_shift=False)}
-    variants["minmax"] = replace(base, channel_shift=False, search=False)
-    errors = dict.fromkeys(variants, 0.0)
-    names = ("0.self_attn.q_proj", "1.self_attn.o_proj", "2.self_attn.v_proj", "3.self_attn.k_proj")
-    for name in names:
-        W, _, X = ctx.layer(f"model.layers.{name}", "reference-outlier", 512)
-        seen, unseen = X.chunk(2)
-        exact = product(unseen, W)
-        for row, cfg in variants.items():
-            weight, given = search_linear(W, seen, seen.abs().amax(0), cfg)
-            error = (product(given(unseen), weight(W)) - exact).square().sum() / exact.square().sum()
-            errors[row] += float(error) / len(names)
-    return [{"name": row, "value": error} for row, error in errors.items()]

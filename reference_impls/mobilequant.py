@@ -11,7 +11,6 @@ Deviates  input of the softmax and weights of norms, 16-bit integers in the pape
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -19,21 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import _quant
-from requant.reference_impls._activation import QuantInput, StaticRange, transform_attention
-from requant.reference_impls._anatomy import anatomy, block_anatomies, require_pre_norm
+from requant.reference_impls._anatomy import anatomy
 from requant.reference_impls._equivalence import Folded, query_key, sites
 from requant.reference_impls._learn import ClippingStrengths, cosine_decay, descend, floored, in_order
-from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._quant import check_choices
+from requant.reference_impls._static_ranges import StaticRange, simulate
 from requant.reference_impls._walk import (
     Block,
     check_calib,
     copy_model,
     decoder_blocks,
     named_linears,
-    replace_module,
     walk_blocks,
 )
-from requant.reference_impls.smoothquant import channel_peaks, smoothing_factors
+from requant.reference_impls.smoothquant import smooth_sites
 
 ERROR_FLOOR = 0.01  # ranges start clipped to 0.982
 TINY = {"epochs": 1, "batch_size": 8}
@@ -64,37 +62,7 @@ class Config:
     tie_rotary: bool = True  # the code leaves the query-key scales of a rotary pair free (False)
 
     def __post_init__(self) -> None:
-        if self.w_granularity not in ("per_tensor", "per_channel"):
-            raise QuantizationError(f"w_granularity {self.w_granularity!r} is not per_tensor or per_channel")
-
-
-# --- static ranges --------------------------------------------------------------------------------------------------
-
-
-def simulate(model: nn.Module, cfg: Config) -> list[StaticRange]:
-    """Put a StaticRange at every place of the blocks that an integer NPU rounds (Sec. 3.1), in place."""
-    made: list[StaticRange] = []
-
-    def new(bits: int = cfg.a_bits) -> StaticRange:
-        made.append(StaticRange(bits))
-        return made[-1]
-
-    for parts in block_anatomies(model):
-        names = {id(module): name for name, module in parts.block.named_modules()}
-        for norm, _ in parts.norm_groups:
-            replace_module(parts.block, names[id(norm)], nn.Sequential(new(cfg.wide_bits), norm, new()))
-        ranges = parts.attn.ranges = nn.ModuleList([new(), new(), new(cfg.wide_bits)])  # of q, k and softmax
-        transform_attention(
-            model, parts.attn, lambda q, k, v, r=ranges: (r[0](q), r[1](k), v), weigh=ranges[2]
-        )
-        for name in ("act_fn", "activation_fn"):
-            if parts.gate is not None and isinstance(getattr(parts.mlp, name, None), nn.Module):
-                setattr(parts.mlp, name, nn.Sequential(getattr(parts.mlp, name), new()))
-        for linear in named_linears(parts.block).values():
-            wide = linear in (parts.o, parts.down)
-            after = new(cfg.wide_bits if wide else cfg.a_bits)
-            replace_module(parts.block, names[id(linear)], QuantInput(linear, new() if wide else None, after))
-    return made
+        check_choices(self, w_granularity=("per_tensor", "per_channel"))
 
 
 # --- transforms and clipping ----------------------------------------------------------------------------------------
@@ -103,14 +71,8 @@ def simulate(model: nn.Module, cfg: Config) -> list[StaticRange]:
 @torch.no_grad()
 def smoothed(model: nn.Module, calib: Tensor, cfg: Config) -> nn.Module:
     """A copy with the same function and SmoothQuant's factors (its Eq. 4) at norms and, for scale_up, before down."""
-    require_pre_norm(model)
-    model = copy_model(model)
-    peaks = channel_peaks(model, calib)
-    for parts in block_anatomies(model):
-        for site in sites(parts, model.config):
-            if site.name != "value" and site.writer is not None and (cfg.scale_up or site.name != "up"):
-                weights = [linear.weight for linear in site.linears]
-                site.fold(smoothing_factors(peaks[site.linears[0]], weights, cfg.alpha))
+    model, names = copy_model(model), ("attn_norm", "mlp_norm", *(["up"] if cfg.scale_up else []))
+    smooth_sites(model, calib, cfg.alpha, lambda site: site.name in names and site.writer is not None)
     return model
 
 
@@ -196,7 +158,7 @@ def learn(stack: Sequence[MobileBlock], inputs: Tensor, targets: Tensor, cfg: Co
 
 
 @torch.no_grad()
-def _outputs(stack: Sequence[Block | MobileBlock], x: Tensor) -> Tensor:
+def outputs_of(stack: Sequence[Block | MobileBlock], x: Tensor) -> Tensor:
     """What a stack makes of x, in batches of 8 samples."""
     for each in stack:
         x = torch.cat([each.forward(batch) for batch in x.split(8)])
@@ -215,8 +177,8 @@ def prepare(
     model = copy_model(original)
     twins = [replace(b, module=module) for b, module in zip(blocks, decoder_blocks(model), strict=True)]
     learners = [MobileBlock(block, model.config, cfg) for block in twins]
-    ranges = simulate(model, cfg)
-    _outputs(twins, inputs)
+    ranges = simulate(model, cfg.a_bits, cfg.wide_bits)
+    outputs_of(twins, inputs)
     for each in ranges:
         each.settle()
     return model, learners, blocks, inputs
@@ -243,9 +205,9 @@ def fit(learners: list[MobileBlock], blocks: list[Block], inputs: Tensor, cfg: C
     """Learn all blocks at once or, unless end_to_end, one after the other on outputs of the rounded ones before."""
     size, original = len(blocks) if cfg.end_to_end else 1, inputs
     for span in (slice(i, i + size) for i in range(0, len(blocks), size) if cfg.epochs):
-        original = _outputs(blocks[span], original)
+        original = outputs_of(blocks[span], original)
         learn(learners[span], inputs, original, cfg)
-        inputs = _outputs(learners[span], inputs)
+        inputs = outputs_of(learners[span], inputs)
 
 
 # --- one layer ------------------------------------------------------------------------------------------------------
@@ -277,44 +239,3 @@ def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
     """b + (16 + b)/(d_out d_in), or (16 + b)/d_in per channel; two numbers for each activation are not counted."""
     size = d_out * d_in if cfg.w_granularity == "per_tensor" else d_in
     return _quant.affine_bits(cfg.w_bits, size, d_in, cfg.symmetric)
-
-
-# --- invariants and findings named in papers/mobilequant.yaml -------------------------------------------------------
-
-
-@torch.no_grad()
-def transforms_keep_the_function(ctx) -> float:
-    """Change of the last hidden state by random scales everywhere, as a share of its largest; nothing is rounded."""
-    _, learners, blocks, inputs = prepare(ctx.reference("reference-outlier"), ctx.calib(2, 64), Config())
-    generator, x = torch.Generator().manual_seed(0), inputs
-    for learner in learners:
-        for s in learner.scales.values():
-            s.copy_((torch.randn(s.shape, generator=generator) / 2).exp())
-        for module in learner.block.module.modules():
-            module.observing = True  # of a StaticRange: it lets everything pass
-        x = learner.block.forward(x, learner.transformed().tensors)
-    expected = _outputs(blocks, inputs)
-    return float((x - expected).abs().max() / expected.abs().max())
-
-
-def sixteen_bits_are_enough(ctx) -> float:
-    """Relative error of the logits when weights and all activations have 16 bits and whole ranges, untrained."""
-    model, tokens = ctx.reference(), ctx.calib(4, 64)
-    cfg = Config(w_bits=16, a_bits=16, clip_init=math.inf, epochs=0)
-    with torch.no_grad():
-        plain, rounded = (net(tokens).logits for net in (model, quantize(model, tokens, cfg)))
-    return float((rounded - plain).norm() / plain.norm())
-
-
-def hidden_state_error(ctx) -> list[dict]:
-    """Squared error of the last hidden state on test tokens at W4A8 after 32 steps, in units of its value before."""
-    rows, tokens = [{"name": "before", "value": 1.0}], ctx.test_windows(8)[:, :128]
-    for name, whole in (("end_to_end", True), ("blockwise", False)):
-        cfg = Config(w_bits=4, w_granularity="per_channel", epochs=4, end_to_end=whole)
-        model, learners, blocks, inputs = prepare(ctx.reference(), ctx.calib(8, 128), cfg)
-        x = model.get_input_embeddings()(tokens)
-        target, before = _outputs(blocks, x), _outputs(learners, x)
-        fit(learners, blocks, inputs, cfg)
-        errors = [float((y - target).square().mean()) for y in (before, _outputs(learners, x))]
-        rows.append({"name": name, "value": errors[1] / errors[0]})
-    return rows

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from requant.reference_impls import gptq, rtn
 from requant.reference_impls._generate import write_text
 from requant.reference_impls._learn import descend, in_order, samples
-from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._quant import check_choices
 from requant.reference_impls._walk import (
     Block,
     UnsupportedModelError,
@@ -53,8 +53,7 @@ class Config:
     seed: int = 0  # of the text
 
     def __post_init__(self) -> None:
-        if self.host not in HOSTS:
-            raise QuantizationError(f"host is {self.host!r}; choose one of {', '.join(HOSTS)}")
+        check_choices(self, host=HOSTS)
 
 
 def distance(original: Tensor, quantized: Tensor) -> Tensor:

@@ -13,29 +13,21 @@ Deviates  what the text leaves open (the negative side of Eq. 8, the steps of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as product
 
 from requant.reference_impls import _quant
-from requant.reference_impls._activation import QuantInput, Shared, transform_attention
+from requant.reference_impls._activation import one_each, transform_attention, transform_inputs
 from requant.reference_impls._anatomy import BlockAnatomy, anatomy, block_anatomies, require_pre_norm
 from requant.reference_impls._equivalence import Site, sites
-from requant.reference_impls._quant import QuantizationError
-from requant.reference_impls._walk import (
-    Block,
-    UnsupportedModelError,
-    check_calib,
-    copy_model,
-    replace_module,
-    walk_blocks,
-)
-from requant.reference_impls.smoothquant import smoothing_factors
+from requant.reference_impls._probes import Probe, outputs_behind, replace_linears
+from requant.reference_impls._quant import QuantizationError, check_choices
+from requant.reference_impls._ranges import RangeRounding, round_between
+from requant.reference_impls._walk import UnsupportedModelError, check_calib, copy_model, walk_blocks
 
 
 @dataclass(frozen=True)
@@ -60,19 +52,16 @@ class Config:
     quantize_bmm_input: bool = True  # code: q, k, v and probabilities; False for LLaMA and INT4 OPT
 
     def __post_init__(self) -> None:
-        known = {"w_granularity": ("per_channel", "per_tensor"),
-                 "a_granularity": ("per_tensor_static", "per_token", "per_group")}  # fmt: skip
-        for name, values in known.items():
-            if getattr(self, name) not in values:
-                raise QuantizationError(
-                    f"{name} is {getattr(self, name)!r}; choose one of {', '.join(values)}"
-                )
+        check_choices(
+            self,
+            w_granularity=("per_channel", "per_tensor"),
+            a_granularity=("per_tensor_static", "per_token", "per_group"),
+        )
         if min(self.w_bits, self.a_bits) < 2 or self.n_grid < 1 or self.search_samples < 1:
             raise QuantizationError("w_bits, a_bits must be 2 or more, n_grid and search_samples 1 or more")
         if self.quantize_bmm_input and self.a_granularity != "per_tensor_static":
             raise QuantizationError(
-                "with dynamic activations the attention products stay as they are: "
-                "set quantize_bmm_input=False"
+                "with dynamic activations the attention products stay as they are: set quantize_bmm_input=False"
             )
 
 
@@ -82,27 +71,23 @@ TINY = {"n_grid": 4, "max_step": None}
 # --- quantizers -------------------------------------------------------------------------------------------------------
 
 
-def _grid(W: Tensor, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
-    """Groups [d_out, n_groups, group], scale and zero point [d_out or 1, n_groups or 1, 1]."""
+def _round(W: Tensor, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [d_out, n_groups, group], scale and zero point [d_out or 1, n_groups or 1, 1]."""
     groups = _quant.grouped(W, cfg.group_size)
     choose = _quant.absmax_qparams if cfg.symmetric else _quant.choose_qparams
     source = W.reshape(1, 1, -1) if cfg.w_granularity == "per_tensor" else groups
-    return groups, *choose(source, cfg.w_bits)
+    scale, zero_point = choose(source, cfg.w_bits)
+    return _quant.quantize(groups, scale, zero_point, cfg.w_bits), scale, zero_point
 
 
 def quantize_weight(W: Tensor, H: Tensor | None, cfg: Config) -> Tensor:
     """Round W [d_out, d_in] (already scaled) to nearest; H is ignored. Dequantized, same shape."""
-    groups, scale, zero_point = _grid(W, cfg)
-    return _quant.dequantize(
-        _quant.quantize(groups, scale, zero_point, cfg.w_bits), scale, zero_point
-    ).flatten(1)
+    return _quant.dequantize(*_round(W, cfg)).flatten(1)
 
 
 def pack_weight(W: Tensor, H: Tensor | None, cfg: Config) -> dict[str, Tensor]:
     """The tensors stored for one layer; shift and scale live in W, in its bias and in the norm."""
-    groups, scale, zero_point = _grid(W, cfg)
-    codes = _quant.quantize(groups, scale, zero_point, cfg.w_bits)
-    return _quant.pack_affine(codes, scale, zero_point, cfg.w_bits, cfg.symmetric)
+    return _quant.pack_affine(*_round(W, cfg), cfg.w_bits, cfg.symmetric)
 
 
 def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
@@ -116,83 +101,11 @@ def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
     return _quant.affine_bits(cfg.w_bits, group, d_in, cfg.symmetric)
 
 
-def round_between(x: Tensor, low: Tensor, high: Tensor, cfg: Config) -> Tensor:
-    """Round x to the grid of a_bits from low to high, which is widened to hold 0; values beyond are clamped."""
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    if cfg.symmetric:
-        limit = 2 ** (cfg.a_bits - 1) - 1
-        scale = (torch.maximum(high, -low) / limit).clamp(min=1e-9)
-        return (x / scale).round().clamp(-limit, limit) * scale
-    scale = ((high - low) / (2**cfg.a_bits - 1)).clamp(min=1e-9)
-    zero_point = (-low / scale).round()
-    return ((x / scale).round() + zero_point).clamp(0, 2**cfg.a_bits - 1).sub(zero_point) * scale
-
-
-class Rounding:
-    """Rounds a tensor [..., seqlen, d]; a static range is the mean of the ranges of the sequences seen so far.
-
-    `seen` is None where the range is that of the present tensor: dynamic activations, and the search.
-    """
-
-    def __init__(self, cfg: Config, static: bool = False):
-        self.cfg, self.seen, self.observing = cfg, [] if static else None, static
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.cfg.a_granularity != "per_tensor_static":
-            size = self.cfg.group_size if self.cfg.a_granularity == "per_group" else None
-            groups = _quant.grouped(x.flatten(0, -2), size)
-            low, high = torch.aminmax(groups, dim=-1, keepdim=True)
-            return round_between(groups, low, high, self.cfg).view_as(x)
-        if self.seen is None:
-            return round_between(x, x.amin(), x.amax(), self.cfg)
-        if self.observing:
-            one = (
-                x.flatten(1) if x.ndim > 2 else x.reshape(1, -1)
-            )  # a sequence a row; OPT's MLP sees one tensor
-            self.seen += torch.stack(torch.aminmax(one, dim=1), 1).tolist()
-        low, high = torch.tensor(self.seen, device=x.device).mean(0)
-        return round_between(x, low, high, self.cfg)
+def _rounding(cfg: Config, static: bool = False) -> RangeRounding:
+    return RangeRounding(cfg.a_bits, cfg.symmetric, cfg.a_granularity, cfg.group_size, static)
 
 
 # --- the search -------------------------------------------------------------------------------------------------------
-
-
-class _Caught(Exception):
-    """A probe has what was wanted."""
-
-
-class _Probe(nn.Module):
-    """A linear with rounded input and weight during the search; may answer with `given`, or end the pass."""
-
-    def __init__(self, linear: nn.Linear, cfg: Config | None):
-        super().__init__()
-        self.linear, self.cfg, self.given, self.caught = linear, cfg, None, None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.caught is not None:
-            self.caught.append(x)
-            raise _Caught
-        if self.given is not None:
-            return self.given
-        if self.cfg is None:
-            return self.linear(x)
-        W = quantize_weight(self.linear.weight, None, self.cfg)
-        return product(Rounding(self.cfg)(x), W, self.linear.bias)
-
-    def catch(self, run: Callable[[], object]) -> Tensor:
-        """What reaches this linear when `run` is called."""
-        self.caught = []
-        with suppress(_Caught):
-            run()
-        (x,), self.caught = self.caught, None
-        return x
-
-
-def _replace(parts: BlockAnatomy, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Put new modules into the places of the old ones in a block."""
-    names = {module: name for name, module in parts.block.named_modules()}
-    for old, module in new.items():
-        replace_module(parts.block, names[old], module)
 
 
 def shift_of(X: Tensor) -> Tensor:
@@ -217,78 +130,53 @@ def thresholds(X: Tensor, cfg: Config) -> list[float]:
 @torch.no_grad()
 def search_scale(
     X: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
+    readers: list[tuple[Tensor, Tensor | None]],
     behind: Callable[[list[Tensor]], Tensor],
     cfg: Config,
-) -> tuple[Tensor, list[float]]:
-    """The scale whose rounded outputs are nearest to the exact ones behind the operators that follow (code).
+) -> Tensor:
+    """The scale s [d_in] whose rounded outputs are nearest to the exact ones behind the operators that follow (code).
 
     Args:
-        X: [n, seqlen, d_in] already shifted; weights: [d_out, d_in] of all readers; biases: theirs, W z included.
+        X: [n, seqlen, d_in] already shifted; readers: weight [d_out, d_in] and bias, W z included, of each.
         behind: outputs of the readers -> what is compared, [..., d].
-    Returns: s [d_in] and the loss at each of `thresholds(X, cfg)`.
+    Raises: QuantizationError if no threshold gives a finite error.
     """
-    target = behind([product(X, W, b) for W, b in zip(weights, biases, strict=True)])
-    losses, best = [], None
+    target = behind([product(X, W, b) for W, b in readers])
+    best, least = None, float("inf")
     for t in thresholds(X, cfg):
         s = scale_of(X, t)
         if cfg.a_granularity == "per_tensor_static":  # code: the range is the threshold, not that of the data
-            rounded = round_between(X / s, X.new_tensor(-t), X.new_tensor(t), cfg)
+            rounded = round_between(X / s, X.new_tensor(-t), X.new_tensor(t), cfg.a_bits, cfg.symmetric)
         else:
-            rounded = Rounding(cfg)(X / s)
-        outputs = [
-            product(rounded, quantize_weight(W * s, None, cfg), b)
-            for W, b in zip(weights, biases, strict=True)
-        ]
-        losses.append(float((behind(outputs) - target).square().sum(-1).mean()))
-        if losses[-1] <= min(losses) and (best is None or losses[-1] < min(losses[:-1])):
-            best = s
+            rounded = _rounding(cfg)(X / s)
+        outputs = [product(rounded, quantize_weight(W * s, None, cfg), b) for W, b in readers]
+        loss = float((behind(outputs) - target).square().sum(-1).mean())
+        if loss < least:
+            best, least = s, loss
     if best is None:
         raise QuantizationError("no threshold gives a finite error; do the activations hold inf or nan?")
-    return best, losses
-
-
-def _behind(block: Block, parts: BlockAnatomy, site: Site, probes: dict, cfg: Config) -> Callable:
-    """What the search compares (code): softmax(Q K^T) V, act(gate) * up of a gated MLP, else the outputs alone."""
-    sublayers = [(parts.attn, parts.qkv, parts.o)]
-    if _gated(parts):
-        sublayers.append((parts.mlp, parts.ups, parts.down))
-    replayed = []
-    for module, readers, end in sublayers if cfg.attention_in_loss else []:
-        if readers[0] in site.linears:
-            calls: list[tuple] = []
-            handle = module.register_forward_pre_hook(
-                lambda _m, args, kwargs, calls=calls: calls.append((args, kwargs)), with_kwargs=True
-            )
-            probes[end].catch(lambda: block.forward(block.inputs[0]))
-            handle.remove()
-            args, kwargs = calls[0]
-            replayed.append((partial(module, *args, **kwargs), readers, probes[end]))
-
-    def behind(outputs: list[Tensor]) -> Tensor:
-        left, seen = dict(zip(site.linears, outputs, strict=True)), []
-        for call, readers, end in replayed:
-            for reader in readers:
-                probes[reader].given = left.pop(reader)
-            seen.append(end.catch(call))
-            for reader in readers:
-                probes[reader].given = None
-        return torch.cat([*seen, *left.values()], -1)
-
-    return behind
-
-
-def _gated(parts: BlockAnatomy) -> bool:
-    return parts.gate is not None or parts.up.out_features == 2 * parts.down.in_features
+    return best
 
 
 def _sites(parts: BlockAnatomy, config, cfg: Config) -> list[Site]:
     """Both norms, and the input of down_proj where that is asked for and a gate lets the scale pass."""
-    if cfg.scale_down and not _gated(parts):
+    if cfg.scale_down and not parts.gated:
         raise UnsupportedModelError("only a gated MLP takes a scale of down_proj's input into up_proj")
     wanted = ("attn_norm", "mlp_norm", "up") if cfg.scale_down else ("attn_norm", "mlp_norm")
     return [site for site in sites(parts, config) if site.name in wanted]
+
+
+def _sublayers(parts: BlockAnatomy, cfg: Config) -> list[tuple]:
+    """Whose ends the search compares (code): softmax(Q K^T) V, act(gate) * up of a gated MLP; else readers alone."""
+    gated = [(parts.mlp, parts.ups, parts.down)] if parts.gated else []
+    return [(parts.attn, parts.qkv, parts.o), *gated] if cfg.attention_in_loss else []
+
+
+def _rounded(linear: nn.Linear, cfg: Config, rounding: bool) -> Callable[[Tensor], Tensor]:
+    """The linear as it is when it runs; with `rounding`, input and weight are rounded."""
+    if not rounding:
+        return linear
+    return lambda x: product(_rounding(cfg)(x), quantize_weight(linear.weight, None, cfg), linear.bias)
 
 
 @torch.no_grad()
@@ -306,23 +194,22 @@ def migrate(model: nn.Module, calib: Tensor, cfg: Config) -> nn.Module:
         parts = anatomy(block.module)
         linears = (*parts.qkv, parts.o, *parts.ups, parts.down)
         probes = {
-            linear: _Probe(linear, None if linear is parts.down and not cfg.quantize_down else cfg)
+            linear: Probe(linear, _rounded(linear, cfg, cfg.quantize_down or linear is not parts.down))
             for linear in linears
         }
-        _replace(parts, probes)
+        replace_linears(parts, probes)
         placed.append((parts, {probe: linear for linear, probe in probes.items()}))
         for site in _sites(parts, model.config, cfg):
             X = probes[site.linears[0]].catch(lambda block=block: block.forward(block.inputs[0]))
             z = shift_of(X) if cfg.shift and site.shifts else None
             s = torch.ones(X.shape[-1], device=X.device)
             if cfg.scale:
-                weights = [linear.weight for linear in site.linears]
-                biases = [_bias(linear, z) for linear in site.linears]
-                behind = _behind(block, parts, site, probes, cfg)
-                s, _ = search_scale(X if z is None else X - z, weights, biases, behind, cfg)
+                readers = [(linear.weight, _bias(linear, z)) for linear in site.linears]
+                behind = outputs_behind(block, site.linears, _sublayers(parts, cfg), probes)
+                s = search_scale(X if z is None else X - z, readers, behind, cfg)
             site.fold(s, z)
     for parts, linears in placed:  # only now: the walk has run the blocks with their probes
-        _replace(parts, linears)
+        replace_linears(parts, linears)
     return model
 
 
@@ -344,109 +231,21 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
     model = migrate(model, calib, cfg)
     static, found = cfg.a_granularity == "per_tensor_static", []
 
-    def rounding() -> Rounding:
-        found.append(Rounding(cfg, static))
+    def rounding() -> RangeRounding:
+        found.append(_rounding(cfg, static))
         return found[-1]
 
     for parts in block_anatomies(model):
         for readers in (parts.qkv, [parts.o], parts.ups, [parts.down] if cfg.quantize_down else []):
-            shared = Shared(rounding())
             for linear in readers:
                 linear.weight.copy_(quantize_weight(linear.weight.float(), None, cfg))
-            _replace(parts, {linear: QuantInput(linear, shared) for linear in readers})
+            transform_inputs(parts.block, readers, rounding())
         if cfg.quantize_bmm_input:
-            ways = [rounding() for _ in range(3)]
-            transform_attention(
-                model,
-                parts.attn,
-                lambda *qkv, ways=ways: tuple(way(x) for way, x in zip(ways, qkv, strict=True)),
-                rounding(),
-            )
+            ways = one_each(*(rounding() for _ in range(3)))
+            transform_attention(model, parts.attn, ways, weigh=rounding())
     if static:
         for batch in calib.split(8):
             model(batch.to(model.device), use_cache=False)
     for one in found:
         one.observing = False
     return model
-
-
-# --- invariants and findings named in papers/outlier_suppression_plus.yaml --------------------------------------------
-
-
-def migration_keeps_logits(ctx) -> float:
-    """Largest change of a logit by shifts and scales alone, all sites included, as a share of the largest logit."""
-    model, tokens = ctx.reference("reference-outlier"), ctx.calib(2)
-    cfg = Config(scale_down=True, n_grid=4, max_step=None)
-    plain, migrated = (net(tokens).logits for net in (model, migrate(model, tokens, cfg)))
-    return float((plain - migrated).abs().max() / plain.abs().max())
-
-
-def channels_are_centred_and_bounded(ctx) -> float:
-    """After the shift max + min of each channel, after the scale max|X| - t, both as shares of max|X| before."""
-    X, worst = ctx.layer("model.layers.1.self_attn.q_proj", "reference-outlier", 512)[2], 0.0
-    X, size = X + X.std(0), float(X.abs().max())
-    centred = X - shift_of(X)
-    for t in thresholds(centred, Config(n_grid=10, max_step=None)):
-        worst = max(worst, float((centred / scale_of(centred, t)).abs().max()) - t)
-    return max(worst, float((centred.amax(0) + centred.amin(0)).abs().max())) / size
-
-
-def no_channel_is_enlarged(ctx) -> float:
-    """1 - min s_j over all thresholds; 0 since channels inside keep s_j = 1."""
-    X = ctx.layer("model.layers.1.mlp.up_proj", n_tokens=512)[2]
-    return max(1 - float(scale_of(X, t).min()) for t in thresholds(X, Config()))
-
-
-def _held_out(X: Tensor, W: Tensor, s: Tensor, z: Tensor, cfg: Config) -> float:
-    """Squared error of the product on the second half of the tokens, rounded with the range of the first half."""
-    seen, unseen = ((half - z) / s for half in X.chunk(2))
-    rounded = round_between(unseen, *seen.aminmax(), cfg)
-    return float((rounded @ quantize_weight(W * s, None, cfg).T - unseen @ (W * s).T).square().sum())
-
-
-def _searched(X: Tensor, W: Tensor, z: Tensor, cfg: Config) -> Tensor:
-    """s of the first half of the tokens, by the error of the product itself."""
-    return search_scale(X.chunk(2)[0] - z, [W], [None], lambda outputs: outputs[0], cfg)[0]
-
-
-def planted_asymmetry(ctx) -> list[dict]:
-    """Held-out error of INT8* products, in units of no migration, with eight planted channels as OPT-66B has them.
-
-    Half of them lie at +32 times the largest value of the others, half at -32 times.
-    """
-    cfg = Config(w_bits=8, a_bits=8, symmetric=True, w_granularity="per_tensor", max_step=None)
-    errors = dict.fromkeys(("shift_and_scale", "scale", "shift", "none"), 0.0)
-    for name in ("self_attn.q_proj", "mlp.up_proj"):
-        W, _, X = ctx.layer(f"model.layers.1.{name}", n_tokens=512)
-        X[:, :8] += 32 * X.abs().max() * (1 - 2 * (torch.arange(8) % 2))
-        zero, one = X.new_zeros(X.shape[1]), X.new_ones(X.shape[1])
-        plain = _held_out(X, W, one, zero, cfg)
-        for row in errors:
-            z = shift_of(X.chunk(2)[0]) if "shift" in row else zero
-            s = _searched(X, W, z, cfg) if "scale" in row else one
-            errors[row] += _held_out(X, W, s, z, cfg) / plain / 2
-    return [{"name": row, "value": error} for row, error in errors.items()]
-
-
-def searched_against_formula(ctx) -> list[dict]:
-    """Held-out error of 6-bit products in units of that of SmoothQuant's scales at alpha 0.5; worst of three draws.
-
-    Inputs are those of reference-outlier, whose weight columns at outlier channels are small by the outliers' factor;
-    here these columns are those of reference: ordinary, as in large models.
-    """
-    cfg, searched, none = Config(max_step=None), [], []
-    for draw in (type(ctx)(seed) for seed in range(3)):
-        errors = torch.zeros(3)
-        for name in ("1.self_attn.q_proj", "2.mlp.up_proj", "3.self_attn.v_proj"):
-            W = draw.layer(f"model.layers.{name}", n_tokens=512)[0]
-            X = draw.layer(f"model.layers.{name}", "reference-outlier", 512)[2]
-            z, one = X.new_zeros(X.shape[1]), X.new_ones(X.shape[1])
-            smoothed = smoothing_factors(X.chunk(2)[0].abs().amax(0), [W], 0.5)
-            ways = (_searched(X, W, z, cfg), smoothed, one)
-            errors += torch.tensor([_held_out(X, W, s, z, cfg) for s in ways])
-        searched, none = [*searched, float(errors[0] / errors[1])], [*none, float(errors[2] / errors[1])]
-    return [
-        {"name": "searched", "value": max(searched)},
-        {"name": "smoothed", "value": 1.0},
-        {"name": "none", "value": min(none)},
-    ]

@@ -17,12 +17,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from requant.reference_impls import _quant, gptq, quarot
-from requant.reference_impls._activation import bare, transform_attention, transform_inputs
+from requant.reference_impls import _quant, gptq
+from requant.reference_impls._activation import bare, transform_inputs
 from requant.reference_impls._anatomy import block_anatomies
+from requant.reference_impls._clip_search import search_grid
+from requant.reference_impls._column_parts import Part, pack_parts, unpack_parts
 from requant.reference_impls._hadamard import random_orthogonal
-from requant.reference_impls._hessian import damped, gram
-from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._moments import collect
+from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._rotation import (
     fuse_norms,
     hadamard_before,
@@ -31,12 +33,7 @@ from requant.reference_impls._rotation import (
     rotate_values,
     same_function,
 )
-from requant.reference_impls._walk import (
-    check_calib,
-    copy_model,
-    named_linears,
-    walk_blocks,
-)
+from requant.reference_impls._walk import check_calib, copy_model, named_linears
 from requant.reference_impls._weights import quantize_blockwise
 
 
@@ -50,9 +47,7 @@ class Config:
     high_bits: int = 8  # scripts, --high_bits
     high_fraction: float = 0.125  # scripts, --high_fraction; 0 = uniform
     qk_bits: int | None = 8  # code: queries, keys and their rotation before that product; None = not rounded
-    subspace: str = (
-        "principal"  # or "channels": those with the largest sum of |x|, QUIK's choice (code, rotate_mode)
-    )
+    subspace: str = "principal"  # or "channels", by their sum of |x|: QUIK's choice (code, rotate_mode)
     mix: bool = True  # Sec. 4: a random rotation inside each part
     rounding: str = "gptq"  # or "rtn"
     clip_search: bool = True  # scripts, --w_clip
@@ -67,11 +62,14 @@ class Config:
         """How many of `width` axes are kept in high_bits: the last ones."""
         return int(self.high_fraction * width)
 
+    def widths(self, width: int, bits: int) -> list[tuple[int, int]]:
+        """(axes, bits) of the low part, which has `bits`, and, if there is one, of the high part."""
+        n_high = self.high(width)
+        return [(width - n_high, bits), (n_high, self.high_bits)][: 2 if n_high else 1]
+
 
 def _check(cfg: Config) -> None:
-    for name, known in (("rounding", ("gptq", "rtn")), ("subspace", ("principal", "channels"))):
-        if getattr(cfg, name) not in known:
-            raise QuantizationError(f"{name} is {getattr(cfg, name)!r}; choose one of {', '.join(known)}")
+    check_choices(cfg, rounding=("gptq", "rtn"), subspace=("principal", "channels"))
     if not 0 <= cfg.high_fraction < 1:
         raise QuantizationError(f"high_fraction is {cfg.high_fraction}; choose a share in [0, 1)")
 
@@ -79,58 +77,11 @@ def _check(cfg: Config) -> None:
 # --- basis (Sec. 4) -------------------------------------------------------------------------------------------------
 
 
-class Moments:
-    """Sums over tokens of x x^T and |x| for x [..., n_tokens, d], leading dimensions kept apart."""
-
-    def __init__(self) -> None:
-        self.squares = self.sizes = 0.0
-
-    def add(self, X: Tensor) -> None:
-        products = gram(X) if X.ndim == 2 else X.mT @ X
-        self.squares, self.sizes = self.squares + products.double(), self.sizes + X.abs().sum(-2).double()
-
-    def axes(self, cfg: Config) -> Tensor:
-        """Orthonormal axes [..., d, d] as columns, those to keep in high precision last; moments are not centred."""
-        width = self.sizes.shape[-1]
-        if cfg.subspace == "channels":
-            return torch.eye(width, dtype=torch.float64)[self.sizes.argsort()].mT
-        moments = torch.stack([damped(S, cfg.basis_damp_ratio) for S in self.squares.view(-1, width, width)])
-        return torch.linalg.eigh(moments.view_as(self.squares)).eigenvectors  # eigenvalues ascend
-
-
 def mixing(width: int, cfg: Config, generator: torch.Generator) -> Tensor:
     """blockdiag(R_low, R_high) [width, width], random orthogonal or, without mixing, the identity; float64."""
     if not cfg.mix:
         return torch.eye(width, dtype=torch.float64)
-    n_high = cfg.high(width)
-    return torch.block_diag(*(random_orthogonal(n, generator) for n in (width - n_high, n_high) if n))
-
-
-@torch.no_grad()
-def collect(model: nn.Module, calib: Tensor) -> tuple[Moments, list[Moments], list[Moments]]:
-    """Moments of the stream as the linears read it (all blocks together), of values and of keys after rotary embedding.
-
-    Args:
-        model: with fused norms; its attention modules are left with a transform that changes nothing.
-    """
-    stream, values, keys = Moments(), [], []
-
-    def record(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        keys[-1].add(key.transpose(0, 1).flatten(0, 2))  # [all heads' tokens, head_dim]
-        values[-1].add(value.transpose(0, 1).flatten(1, 2))  # [n_kv_heads, n_tokens, head_dim]
-        return query, key, value
-
-    anatomies = block_anatomies(model)
-    for parts in anatomies:
-        transform_attention(model, parts.attn, lambda *states: states)
-    for block, parts in zip(walk_blocks(model, calib), anatomies, strict=True):
-        values.append(Moments())
-        keys.append(Moments())
-        parts.attn.requant_transform = record
-        readers = {"attention": parts.qkv[0], "mlp": parts.ups[0]}
-        block.observe(readers, lambda _name, X: stream.add(X.float()))
-        parts.attn.requant_transform = lambda *states: states
-    return stream, values, keys
+    return torch.block_diag(*(random_orthogonal(n, generator) for n, _ in cfg.widths(width, cfg.w_bits)))
 
 
 def find_basis(model: nn.Module, calib: Tensor, cfg: Config) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -175,11 +126,9 @@ def rotate(model: nn.Module, calib: Tensor, cfg: Config) -> nn.Module:
 def quantize_parts(x: Tensor, bits: int, cfg: Config, width: int | None = None) -> Tensor:
     """Asymmetric rounding of each `width` numbers (default: all) of x [..., d], the low and the high part apart."""
     groups = x if width is None else x.unflatten(-1, (-1, width))
-    n_high = cfg.high(groups.shape[-1])
-    parts = groups.split([groups.shape[-1] - n_high, n_high], -1)[: 2 if n_high else 1]
-    rounded = [
-        _quant.clipped_fake_quant(part, b) for part, b in zip(parts, (bits, cfg.high_bits), strict=False)
-    ]
+    widths = cfg.widths(groups.shape[-1], bits)
+    parts = groups.split([n for n, _ in widths], -1)
+    rounded = [_quant.clipped_fake_quant(part, b) for part, (_, b) in zip(parts, widths, strict=True)]
     return torch.cat(rounded, -1).view(x.shape)
 
 
@@ -215,29 +164,11 @@ def _quantize_flow(model: nn.Module, cfg: Config) -> None:
 # --- weights --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Codes [d_out, n] and scale [d_out, 1] of some columns; symmetric around the code 2^(bits - 1)."""
-
-    codes: Tensor
-    scale: Tensor
-    bits: int
-
-    def dequantize(self) -> Tensor:
-        return _quant.dequantize(self.codes, self.scale, 2.0 ** (self.bits - 1))
-
-
-def _whole_range(x: Tensor, bits: int, _symmetric: bool) -> tuple[Tensor, Tensor]:
-    scale = _quant.stored_scale(_quant.absmax_scale(x, bits), bits)
-    return scale, torch.full_like(scale, 2.0 ** (bits - 1))
-
-
-def _round(W: Tensor, H: Tensor | None, cfg: Config) -> list[_Part]:
+def _round(W: Tensor, H: Tensor | None, cfg: Config) -> list[Part]:
     """The low part and, if there is one, the high part."""
     _check(cfg)
-    d_in, n_high = W.shape[1], cfg.high(W.shape[1])
-    choose = quarot.search_grid if cfg.clip_search else _whole_range
-    widths = [(d_in - n_high, cfg.w_bits), (n_high, cfg.high_bits)][: 2 if n_high else 1]
+    choose = search_grid if cfg.clip_search else _quant.absmax_qparams
+    widths = cfg.widths(W.shape[1], cfg.w_bits)
     columns = W.split([n for n, _ in widths], 1)
     grids = [choose(x, bits, True) for x, (_, bits) in zip(columns, widths, strict=True)]
     if cfg.rounding == "rtn":
@@ -247,7 +178,7 @@ def _round(W: Tensor, H: Tensor | None, cfg: Config) -> list[_Part]:
     elif H is None:
         raise QuantizationError('rounding "gptq" needs H, the second moments of the inputs; or choose "rtn"')
     else:
-        size = math.gcd(d_in, n_high)  # groups of equal size, of which the last ones are the high part
+        size = math.gcd(*(n for n, _ in widths))  # of groups, of which the last ones are the high part
         each = [index for index, (n, _) in enumerate(widths) for _ in range(n // size)]
         turns = iter([grids[index] for index in each])
         how = gptq.Config(cfg.w_bits, size, True, cfg.damp_ratio, cfg.block_size, static_groups=True)
@@ -255,7 +186,7 @@ def _round(W: Tensor, H: Tensor | None, cfg: Config) -> list[_Part]:
             W, H, how, lambda *_: next(turns), widths=[widths[index][1] for index in each]
         )
         codes = rounded.codes.T.split([n for n, _ in widths], 1)
-    return [_Part(c, grid[0], bits) for c, grid, (_, bits) in zip(codes, grids, widths, strict=True)]
+    return [Part(c, grid[0], bits) for c, grid, (_, bits) in zip(codes, grids, widths, strict=True)]
 
 
 def quantize_weight(W: Tensor, H: Tensor | None, cfg: Config) -> Tensor:
@@ -304,96 +235,14 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
 
 def pack_weight(W: Tensor, H: Tensor | None, cfg: Config) -> dict[str, Tensor]:
     """The tensors stored for one layer: codes and a float16 scale a row for each part."""
-    packed = {"shape": torch.tensor(W.shape, dtype=torch.int32)}
-    for prefix, part in zip(("", "high_"), _round(W, H, cfg), strict=False):
-        packed[f"{prefix}codes"] = _quant.pack_bits(part.codes, part.bits)
-        packed[f"{prefix}scale"] = part.scale.half()
-    return packed
+    return pack_parts(_round(W, H, cfg))
 
 
 def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
     """Inverse of `pack_weight`: float32 [d_out, d_in]."""
-    d_out, d_in = packed["shape"].tolist()
-    columns = []
-    for prefix, n, bits in (
-        ("", d_in - cfg.high(d_in), cfg.w_bits),
-        ("high_", cfg.high(d_in), cfg.high_bits),
-    ):
-        if n:
-            codes = _quant.unpack_bits(packed[f"{prefix}codes"], bits, (d_out, n)).float()
-            columns.append(_Part(codes, packed[f"{prefix}scale"].float(), bits).dequantize())
-    return torch.cat(columns, 1)
+    return unpack_parts(packed, cfg.widths(int(packed["shape"][1]), cfg.w_bits))
 
 
 def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
     """The mean width and a float16 scale a row for each part; folded rotations store nothing."""
-    n_high = cfg.high(d_in)
-    return (cfg.w_bits * (d_in - n_high) + cfg.high_bits * n_high + (32 if n_high else 16)) / d_in
-
-
-# --- invariants and findings named in papers/resq.yaml --------------------------------------------------------------
-
-
-def rotation_keeps_logits(ctx) -> float:
-    """Largest change of a logit by all rotations, folded and online, with nothing rounded."""
-    model, tokens = ctx.reference("reference-outlier"), ctx.test_windows(2)
-    with torch.no_grad():
-        return float(
-            (rotate(model, ctx.calib(4), Config())(tokens).logits - model(tokens).logits).abs().max()
-        )
-
-
-@torch.no_grad()
-def _stream(ctx) -> tuple[Moments, list[Tensor]]:
-    """Moments of the stream (8 calibration samples) and what reads it (4 test windows) in reference, norms fused."""
-    model = copy_model(ctx.reference())
-    fuse_norms(model)
-    inputs: list[Tensor] = []
-    for block in walk_blocks(model, ctx.test_windows(4)):
-        parts = bare(block_anatomies(model)[block.index])
-        block.observe({"attention": parts.qkv[0], "mlp": parts.ups[0]}, lambda _name, X: inputs.append(X))
-    return collect(model, ctx.calib(8))[0], inputs
-
-
-def high_part_holds_the_variance(ctx) -> float:
-    """Relative difference of the variance in the last eighth of U_A R1 and the sum of the largest eigenvalues."""
-    moments, _ = _stream(ctx)
-    cfg = Config()
-    U = moments.axes(cfg) @ mixing(256, cfg, torch.Generator().manual_seed(ctx.seed))
-    n_high, high = cfg.high(256), U[:, -cfg.high(256) :]
-    held, most = (
-        (high.T @ moments.squares @ high).trace(),
-        torch.linalg.eigvalsh(moments.squares)[-n_high:].sum(),
-    )
-    return float((held / most - 1).abs())
-
-
-def parts_stay_apart(ctx) -> float:
-    """Largest entry of |U^T U - I|, and of the product of one rotation's high columns with another's low ones."""
-    moments, _ = _stream(ctx)
-    cfg = Config()
-    draw = (torch.Generator().manual_seed(seed) for seed in (0, 1))
-    first, second = (moments.axes(cfg) @ mixing(256, cfg, generator) for generator in draw)
-    n_low = 256 - cfg.high(256)
-    mixed = (first[:, n_low:].T @ second[:, :n_low]).abs().max()
-    return max(float(mixed), float((first.T @ first - torch.eye(256)).abs().max()))
-
-
-def stream_errors(ctx) -> list[dict]:
-    """Squared error of the rounded stream in units of that of a random rotation and uniform 4 bits; three draws."""
-    moments, inputs = _stream(ctx)
-    variants = {
-        "resq": Config(), "uniform": Config(high_fraction=0.0), "sixteenth": Config(high_fraction=1 / 16),
-        "quarter": Config(high_fraction=0.25), "channels": Config(subspace="channels"), "not_mixed": Config(mix=False),
-    }  # fmt: skip
-    totals = dict.fromkeys((*variants, "random_subspace"), 0.0)
-    for seed in range(3):
-        for name, cfg in [*variants.items(), ("random_subspace", Config())]:
-            generator = torch.Generator().manual_seed(seed)
-            axes = random_orthogonal(256, generator) if name == "random_subspace" else moments.axes(cfg)
-            U = (axes @ mixing(256, cfg, generator)).float()
-            for X in inputs:
-                totals[name] += float(
-                    (quantize_parts(X @ U, 4, cfg) - X @ U).square().sum() / X.square().sum()
-                )
-    return [{"name": name, "value": total / totals["uniform"]} for name, total in totals.items()]
+    return sum(bits * n + 16 for n, bits in cfg.widths(d_in, cfg.w_bits)) / d_in

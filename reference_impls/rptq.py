@@ -13,17 +13,17 @@ Deviates  queries and keys are not moved: rotary embedding does not commute with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import _quant, gptq
-from requant.reference_impls._activation import QuantInput, transform_attention
+from requant.reference_impls._activation import QuantInput, one_each, transform_attention
 from requant.reference_impls._anatomy import BlockAnatomy, anatomy, require_pre_norm
-from requant.reference_impls._hessian import proxy_loss
-from requant.reference_impls._kmeans import weighted_kmeans
+from requant.reference_impls._channel_order import reader_groups, reorder_channels
+from requant.reference_impls._clusters import Ranges, Rounding, cluster, cluster_heads, codes_of, grid, spread
 from requant.reference_impls._quant import QuantizationError
 from requant.reference_impls._rotation import heads
 from requant.reference_impls._walk import Block, check_calib, copy_model, replace_module, walk_blocks
@@ -57,96 +57,6 @@ class Config:
 
 
 TINY = {"kmeans_restarts": 2, "hidden_clusters": 8, "down_clusters": 8}
-
-
-# --- clusters and grids -----------------------------------------------------------------------------------------------
-
-
-def cluster(features: Tensor, n_clusters: int, cfg: Config) -> Tensor:
-    """k-means on the features [n_channels, f], the best of some restarts: labels [n_channels], from 0 without gaps.
-
-    The features of a channel are its largest and its smallest value over all calibration tokens.
-    """
-    if n_clusters >= len(features):
-        return torch.arange(len(features))
-    generator = torch.Generator().manual_seed(cfg.seed)
-    points = features.T.expand(cfg.kmeans_restarts, -1, -1).contiguous()  # [restarts, f, n_channels]
-    equal = torch.ones(cfg.kmeans_restarts, len(features))
-    centroids, _ = weighted_kmeans(points, equal, n_clusters, 300, generator)
-    distance, labels = torch.cdist(points.mT, centroids).min(-1)  # [restarts, n_channels]
-    best = int(distance.square().sum(-1).argmin())
-    return labels[best].unique(return_inverse=True)[1]
-
-
-def cluster_heads(features: Tensor, n_clusters: int, cfg: Config) -> Tensor:
-    """`cluster` inside each head: features [n_heads, head_dim, f] -> labels [n_heads * head_dim], all different."""
-    labels, start = [], 0
-    for head in features:
-        labels.append(cluster(head, n_clusters, cfg) + start)
-        start = int(labels[-1].max()) + 1
-    return torch.cat(labels)
-
-
-def spread(labels: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """The outermost range of each channel's cluster: low, high [..., n_channels] -> the same shapes."""
-    index = labels.expand_as(low)
-    ends = []
-    for x, how in ((low, "amin"), (high, "amax")):
-        found = x.new_zeros(*x.shape[:-1], int(labels.max()) + 1)
-        ends.append(found.scatter_reduce(-1, index, x, how, include_self=False).gather(-1, index))
-    return ends[0], ends[1]
-
-
-def grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Step (high - low) / 2^b, not over 2^b - 1, and rounded zero point -(high + low) / (2 step) of signed codes."""
-    scale = ((high - low) * 2.0**-bits).clamp(1e-4, 1e4)
-    return scale, (-(high + low) / (2 * scale)).clamp(-1e4, 1e4).round()
-
-
-def codes_of(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """clamp(round(x / scale) + zero_point, -2^(b-1), 2^(b-1) - 1)."""
-    return ((x / scale).round() + zero_point).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-
-
-@dataclass
-class Rounding:
-    """Static rounding of [..., n_channels], or of [n, heads, seqlen, head_dim] with one grid a head and channel."""
-
-    scale: Tensor
-    zero_point: Tensor
-    bits: int
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return _quant.dequantize(
-            codes_of(x, self.scale, self.zero_point, self.bits), self.scale, self.zero_point
-        )
-
-
-@dataclass
-class Ranges:
-    """Extremes of each channel: of each calibration sequence, [n_channels], in order."""
-
-    low: list[Tensor] = field(default_factory=list)
-    high: list[Tensor] = field(default_factory=list)
-
-    def see(self, x: Tensor) -> None:
-        """x: [n, seqlen, n_channels]."""
-        low, high = torch.aminmax(x, dim=1)
-        self.low += low.unbind()
-        self.high += high.unbind()
-
-    def features(self) -> Tensor:
-        """(max, min) over all tokens: [n_channels, 2]."""
-        return torch.stack([torch.stack(self.high).amax(0), torch.stack(self.low).amin(0)], -1)
-
-    def rounding(self, labels: Tensor, bits: int, ema: float) -> Rounding | None:
-        """The grid of each cluster: outermost of its channels' running averages; None for 16 bits."""
-        if bits >= 16:
-            return None
-        ends = [side[0] for side in (self.low, self.high)]
-        for new in zip(self.low[1:], self.high[1:], strict=True):
-            ends = [end * ema + x * (1 - ema) for end, x in zip(ends, new, strict=True)]
-        return Rounding(*grid(*spread(labels, *ends), bits), bits)
 
 
 # --- one layer --------------------------------------------------------------------------------------------------------
@@ -213,29 +123,10 @@ def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
-class ReorderedNorm(nn.Module):
-    """A norm whose output channels come in another order."""
-
-    def __init__(self, norm: nn.Module, order: Tensor):
-        super().__init__()
-        self.norm = norm
-        self.register_buffer("order", order)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x)[..., self.order]
-
-
-def _move_rows(linear: nn.Linear, rows: Tensor, order: Tensor) -> None:
-    """The given output rows of a linear, in another order; in place."""
-    linear.weight[rows] = linear.weight[rows[order]]
-    if linear.bias is not None:
-        linear.bias[rows] = linear.bias[rows[order]]
-
-
 def _observe(block: Block, parts: BlockAnatomy, model: nn.Module, cfg: Config) -> dict[object, Ranges]:
-    """Ranges of the inputs of the linears (by the first of each stage) and of q, k, v, in one pass."""
-    stages = _stages(parts)
-    found: dict[object, Ranges] = {stage[0]: Ranges() for stage in stages} | {x: Ranges() for x in "qkv"}
+    """Ranges of the inputs of the linears (by the first of each group) and of q, k, v, in one pass."""
+    first = [group[0] for group in reader_groups(parts)]
+    found: dict[object, Ranges] = {key: Ranges() for key in (*first, *"qkv")}
     seqlen = block.inputs[0].shape[1]
 
     def see(*qkv: Tensor) -> tuple[Tensor, ...]:
@@ -244,13 +135,9 @@ def _observe(block: Block, parts: BlockAnatomy, model: nn.Module, cfg: Config) -
         return qkv
 
     transform_attention(model, parts.attn, see, _probabilities if cfg.a_bits < 16 else None)
-    readers = {str(i): stage[0] for i, stage in enumerate(stages)}
+    readers = {str(i): linear for i, linear in enumerate(first)}
     block.observe(readers, lambda name, X: found[readers[name]].see(X.unflatten(0, (-1, seqlen))))
     return found
-
-
-def _stages(parts: BlockAnatomy) -> list[list[nn.Linear]]:
-    return [*(readers for _norm, readers in parts.norm_groups), [parts.o], [parts.down]]
 
 
 def _probabilities(x: Tensor) -> Tensor:
@@ -288,30 +175,6 @@ def _repeated(labels: Tensor, n_kv: int, repeat: int) -> Tensor:
     return labels.view(n_kv, 1, -1).expand(-1, repeat, -1).flatten()
 
 
-def _reorder(parts: BlockAnatomy, config, labels: dict) -> dict[object, Tensor]:
-    """Move channels into cluster order, norms by a gather and linears by their rows and columns; in place.
-
-    Returns: the order of each tensor moved: place -> channel.
-    """
-    orders = {key: one.argsort(stable=True) for key, one in labels.items() if key not in ("q", "k")}
-    geometry, width = heads(parts, config), parts.down.in_features
-    size, repeat = geometry.head_dim, geometry.n_heads // geometry.n_kv_heads
-    within = orders["v"].view(-1, size) % size  # [n_kv_heads, head_dim]
-    first = torch.arange(geometry.n_heads)[:, None] * size
-    orders[parts.o] = (within.repeat_interleave(repeat, 0) + first).flatten()
-    for norm, readers in parts.norm_groups:
-        name = next(name for name, module in parts.block.named_modules() if module is norm)
-        replace_module(parts.block, name, ReorderedNorm(norm, orders[readers[0]]))
-    for readers in _stages(parts):
-        for linear in readers:
-            linear.weight.copy_(linear.weight[:, orders[readers[0]]])
-    _move_rows(geometry.value, geometry.value_rows, orders["v"])
-    for linear in parts.ups:
-        for rows in torch.arange(linear.out_features).split(width):
-            _move_rows(linear, rows, orders[parts.down])
-    return orders
-
-
 def _heads_first(one: Rounding | None, n_heads: int) -> Callable[[Tensor], Tensor]:
     if one is None:
         return lambda x: x
@@ -334,11 +197,11 @@ def reorder(model: nn.Module, calib: Tensor | None, cfg: Config, rounding: bool 
         labels = _clusters(parts, model.config, found, cfg)
         hessians = block.hessians() if rounding else {}
         names = {linear: name for name, linear in block.module.named_modules()}
-        orders = _reorder(parts, model.config, labels)
+        orders = reorder_channels(parts, model.config, labels)
         parts.attn.requant_transform = parts.attn.requant_weigh = None
         if not rounding:
             continue
-        for readers in _stages(parts):
+        for readers in reader_groups(parts):
             key = readers[0]
             order, bits = orders[key], cfg.a_bits
             if key in (parts.qkv[0], parts.ups[0]) and bits < 16:
@@ -372,10 +235,7 @@ def _round_attention(
             )
         ways.append(_heads_first(static, n_heads[name]))
 
-    def transform(*qkv: Tensor) -> Sequence[Tensor]:
-        return tuple(way(x) for way, x in zip(ways, qkv, strict=True))
-
-    transform_attention(model, parts.attn, transform, _probabilities if cfg.a_bits < 16 else None)
+    transform_attention(model, parts.attn, one_each(*ways), _probabilities if cfg.a_bits < 16 else None)
 
 
 def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
@@ -384,73 +244,3 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
     Raises: UnsupportedModelError where a norm's output is not used by linears alone, or attention is out of reach.
     """
     return reorder(model, calib, cfg, rounding=True)
-
-
-# --- invariants and findings named in papers/rptq.yaml ----------------------------------------------------------------
-
-
-def reordering_keeps_logits(ctx) -> float:
-    """Largest change of a logit when norms, values and the MLP's inner channels are reordered, over the largest."""
-    model, tokens = ctx.reference("reference-outlier"), ctx.calib(4)
-    plain, moved = (net(tokens).logits for net in (model, reorder(model, tokens, Config(kmeans_restarts=2))))
-    return float((plain - moved).abs().max() / plain.abs().max())
-
-
-def _seen(ctx, name: str, n_tokens: int = 1024) -> tuple[Tensor, Tensor, Ranges, Tensor]:
-    """W, held-out inputs, ranges of the first half of the inputs, and H of that half."""
-    W, _, X = ctx.layer(f"model.layers.{name}", "reference-outlier", n_tokens)
-    seen, unseen = X.chunk(2)
-    ranges = Ranges()
-    ranges.see(seen.unflatten(0, (-1, 256)))
-    return W, unseen, ranges, seen.T @ seen / len(seen)
-
-
-def limits_of_clustering(ctx) -> float:
-    """Largest difference to one grid for the whole tensor (one cluster) and to one a channel (as many as channels)."""
-    _, X, ranges, _ = _seen(ctx, "1.self_attn.q_proj")
-    features, worst = ranges.features(), 0.0
-    low, high = torch.stack(ranges.low).amin(0), torch.stack(ranges.high).amax(0)
-    ranges = Ranges([low], [high])
-    for n, ends in ((1, (low.min(), high.max())), (len(low), (low, high))):
-        clustered = ranges.rounding(cluster(features, n, Config()), 4, 0.99)(X)
-        worst = max(worst, float((clustered - Rounding(*grid(*ends, 4), 4)(X)).abs().max()))
-    return worst
-
-
-def clusters_refine_the_step(ctx) -> float:
-    """Largest step of a cluster as a share of the step of the whole tensor; above 1 would make some channel worse."""
-    _, _, ranges, _ = _seen(ctx, "1.mlp.down_proj")
-    steps = [ranges.rounding(cluster(ranges.features(), n, Config()), 4, 0.99).scale for n in (32, 1)]
-    return float((steps[0] / steps[1]).max())
-
-
-def gptq_on_fixed_grids_helps(ctx) -> float:
-    """tr(E H E^T) of the weights as a share of that of rounding to nearest on the very same cluster grids."""
-    W, _, ranges, H = _seen(ctx, "1.self_attn.o_proj")
-    cfg = Config()
-    labels = cluster(ranges.features(), 32, cfg)
-    losses = []
-    for moments in (H, torch.eye(len(H))):
-        codes, scale, zero_point = round_weight(W, moments, labels, cfg)
-        losses.append(proxy_loss(W, _quant.dequantize(codes, scale[:, labels], zero_point[:, labels]), H))
-    return losses[0] / losses[1]
-
-
-def products_by_clusters(ctx) -> list[dict]:
-    """Relative error of products on unseen tokens, inputs in 4 bits on static grids: mean over five linears."""
-    names = (
-        "0.self_attn.q_proj",
-        "1.mlp.up_proj",
-        "2.self_attn.o_proj",
-        "2.mlp.down_proj",
-        "3.mlp.down_proj",
-    )
-    errors = dict.fromkeys((32, 4, 1), 0.0)
-    for name in names:
-        W, X, ranges, _ = _seen(ctx, name)
-        exact = X @ W.T
-        for n in errors:
-            rounded = ranges.rounding(cluster(ranges.features(), n, Config()), 4, 0.99)(X)
-            error = float((rounded @ W.T - exact).square().sum() / exact.square().sum())
-            errors[n] += error / len(names)
-    return [{"name": f"clusters_{n}", "value": error} for n, error in errors.items()]

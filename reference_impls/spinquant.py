@@ -12,7 +12,7 @@ Deviates  calibration samples serve both stages, in order and again from the sta
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -31,10 +31,9 @@ from requant.reference_impls._hadamard import (
     random_orthogonal,
 )
 from requant.reference_impls._learn import descend, in_order, next_token_loss, straight_through
-from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._places import places
+from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._rotation import (
-    Heads,
-    Rotation,
     fuse_norms,
     hadamard_before,
     heads,
@@ -43,12 +42,8 @@ from requant.reference_impls._rotation import (
     same_function,
     stream_ends,
 )
-from requant.reference_impls._stiefel import CayleySGD, orthonormalized, skew_direction
-from requant.reference_impls._walk import (
-    UnsupportedModelError,
-    check_calib,
-    copy_model,
-)
+from requant.reference_impls._stiefel import CayleySGD, orthonormalized
+from requant.reference_impls._walk import UnsupportedModelError, check_calib, copy_model
 from requant.reference_impls._weights import quantize_blockwise, quantize_linears
 
 TINY = {"steps": 2, "batch_size": 2}
@@ -62,9 +57,7 @@ class Config:
     a_bits: int | None = 4  # Table 1; None = not quantized
     kv_bits: int | None = 4  # Table 1; None = not quantized
     group_size: int | None = None  # Table 1: one scale a row; 32 for the ExecuTorch export
-    symmetric: bool = (
-        True  # code, weights; activations and cache are asymmetric (--a_asym, --k_asym, --v_asym)
-    )
+    symmetric: bool = True  # code, weights; activations and cache are not (--a_asym, --k_asym, --v_asym)
     rounding: str = "gptq"  # Table 1, or "rtn"
     clip_search: bool = True  # scripts, --w_clip
     damp_ratio: float = 0.01  # code, --percdamp
@@ -87,11 +80,6 @@ class Rotations:
 
     R1: Tensor
     R2: list[Tensor]
-
-
-def _check(cfg: Config) -> None:
-    if cfg.init not in ("hadamard", "orthogonal", "identity"):
-        raise QuantizationError(f"init is {cfg.init!r}; choose hadamard, orthogonal or identity")
 
 
 # --- rotation -------------------------------------------------------------------------------------------------------
@@ -165,57 +153,6 @@ def quantize_flow(model: nn.Module, cfg: Config) -> None:
 # --- learning (Sec. 3.2) --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A tensor that R1 or R2 changes: what reads the stream, what writes to it, values, and what reads values."""
-
-    name: str
-    tensor: Tensor
-    reads: bool = False
-    writes: bool = False
-    layer: int | None = None  # whose R2
-    geometry: Heads | None = None
-    values: bool = False  # the rows of v; else the columns of o
-
-    def rotated(self, R1: Tensor, R2: list[Tensor], rounding: Callable | None) -> Tensor:
-        """The tensor after rotation, differentiable in R1 and R2."""
-        T = self.tensor
-        if self.layer is not None:
-            R, size, rows = R2[self.layer], self.geometry.head_dim, self.geometry.value_rows
-            if not self.values:
-                T = (T.unflatten(1, (-1, size)) @ R).flatten(1)
-            elif T.ndim == 1:
-                T = T.index_copy(0, rows, (T[rows].view(-1, size) @ R).flatten())
-            else:
-                T = T.index_copy(0, rows, (R.T @ T[rows].unflatten(0, (-1, size))).flatten(0, 1))
-        if self.reads:
-            T = T @ R1
-        if self.writes:
-            T = R1.T @ T if T.ndim == 2 else T @ R1
-        return T if rounding is None or T.ndim == 1 else straight_through(T, rounding)
-
-
-def _places(model: nn.Module) -> Iterator[tuple[_Place, bool]]:
-    """All of them in a model rotated by identities, and whether each is a weight to be rounded."""
-    names = {id(module): name for name, module in model.named_modules()}
-    ends = stream_ends(model)
-    for module in (*ends.embeddings, ends.head):
-        yield _Place(f"{names[id(module)]}.weight", module.weight, reads=True), False
-    for index, parts in enumerate(map(bare, block_anatomies(model))):
-        online = [each for each in parts.block.modules() if isinstance(each, Rotation)]  # behind post-norms
-        for rotation in online:
-            yield _Place(f"{names[id(rotation)]}.Q", torch.eye(len(rotation.Q)), reads=True), False
-        geometry = heads(parts, model.config)
-        readers = [*parts.qkv, *parts.ups]
-        for module in (*readers, parts.o, parts.down):
-            value, writes = module is geometry.value, module not in readers and not online
-            name, inner = names[id(module)], {"layer": index, "geometry": geometry, "values": value}
-            inner = inner if value or module is parts.o else {}
-            yield _Place(f"{name}.weight", module.weight, module in readers, writes, **inner), True
-            if module.bias is not None and (value or writes):
-                yield _Place(f"{name}.bias", module.bias, writes=writes, **(inner if value else {})), False
-
-
 class Learner:
     """The quantized network as a function of its rotations."""
 
@@ -225,7 +162,7 @@ class Learner:
         quantize_flow(self.model, cfg)
         how = None if cfg.learn_w_bits is None else replace(cfg, w_bits=cfg.learn_w_bits, rounding="rtn")
         rounding = None if how is None else lambda W: quantize_weight(W, None, how)
-        self.places = [(place, rounding if is_weight else None) for place, is_weight in _places(self.model)]
+        self.places = [(place, rounding if is_weight else None) for place, is_weight in places(self.model)]
         self.R1 = nn.Parameter(initial.R1.float())
         self.R2 = [nn.Parameter(R.float()) for R in initial.R2]
 
@@ -267,7 +204,7 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
 
     Raises: QuantizationError without calib; UnsupportedModelError for a structure or size that cannot be rotated.
     """
-    _check(cfg)
+    check_choices(cfg, init=("hadamard", "orthogonal", "identity"))
     check_calib(calib)
     rotations = learn_rotations(model, calib.to(model.device), cfg)
     rotated, rounding = rotate(model, rotations, cfg), partial(quantize_weight, cfg=cfg)
@@ -305,92 +242,3 @@ def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
 def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
     """b + 16/g; learned rotations are folded, fixed ones constructed, so they store nothing."""
     return quarot.bits_per_weight(d_out, d_in, _as_quarot(cfg))
-
-
-# --- invariants and findings named in papers/spinquant.yaml ---------------------------------------------------------
-
-
-def rotation_keeps_logits(ctx) -> float:
-    """Largest change of a logit by random orthogonal R1 and R2, as learned from and as merged, nothing rounded."""
-    model, tokens = ctx.reference("reference-outlier"), ctx.test_windows(2)
-    cfg = Config(a_bits=None, kv_bits=None, init="orthogonal")
-    with torch.no_grad():
-        plain, merged = model(tokens).logits, rotate(model, initial_rotations(model, cfg), cfg)(tokens).logits
-        learned = Learner(model, cfg).logits(tokens)
-    return max(float((logits - plain).abs().max()) for logits in (merged, learned))
-
-
-_learned: dict[int, tuple] = {}  # seed -> what `_learning` returns
-
-
-def _learning(ctx) -> tuple[Rotations, float, Tensor, Config]:
-    """The learning of the ordering claim: rotations, largest |R R^T - I| after any step, samples and config."""
-    worst = 0.0
-
-    def watch(learned: list[Tensor]) -> None:
-        nonlocal worst
-        worst = max(worst, *(float((R @ R.T - torch.eye(len(R))).abs().max()) for R in learned))
-
-    if ctx.seed not in _learned:
-        calib = ctx.calib(32)
-        cfg = Config(rounding="rtn", clip_search=False, learn_w_bits=4, steps=12, batch_size=2, seed=ctx.seed)
-        rotations = learn_rotations(ctx.reference("reference-outlier"), calib, cfg, watch)
-        _learned[ctx.seed] = rotations, worst, calib, cfg
-    return _learned[ctx.seed]
-
-
-def stays_on_the_manifold(ctx) -> float:
-    """Largest entry of |R R^T - I| over all rotations and all steps of one learning."""
-    return _learning(ctx)[1]
-
-
-def iteration_is_the_cayley_transform(ctx) -> float:
-    """Largest difference of a step and (I - a/2 W)^-1 (I + a/2 W) R^T, on a loss that punishes large values."""
-    generator = torch.Generator().manual_seed(ctx.seed)
-    X = torch.randn(256, 64, generator=generator) * (1 + 20 * (torch.arange(64) % 16 == 0))
-    R = nn.Parameter(random_orthogonal(64, generator).float())
-    (X @ R).pow(4).mean().backward()
-    before = R.detach().clone()
-    W = skew_direction(before, R.grad)
-    half = min(1.5, 1.0 / float(W.abs().sum(0).max())) / 2 * W
-    exact = torch.linalg.solve(torch.eye(64) - half, (torch.eye(64) + half) @ before.T).T
-    CayleySGD([R], lr=1.5, qr_chance=0.0).step()
-    return float((R.detach() - exact).abs().max())
-
-
-def flat_without_quantization(ctx) -> float:
-    """Size of the loss's gradient along the manifold with nothing rounded, as a share of that of the 4-bit network."""
-    model, tokens, sizes = ctx.reference(), ctx.calib(1), []
-    for cfg in (Config(a_bits=None, kv_bits=None), Config()):
-        learner = Learner(model, cfg)
-        learner.loss(tokens).backward()
-        sizes.append(sum(float(skew_direction(R.detach(), R.grad).norm()) for R in (learner.R1, *learner.R2)))
-    return sizes[0] / sizes[1]
-
-
-def loss_of_the_samples_learned_from(ctx) -> list[dict]:
-    """Nats of the 4-bit network on the 32 samples it learned from, before and after."""
-    model = ctx.reference("reference-outlier")
-    learned, _, calib, cfg = _learning(ctx)
-    rows = []
-    for name, chosen in (("before", initial_rotations(model, cfg)), ("after", learned)):
-        rounded = quantize_linears(rotate(model, chosen, cfg), partial(quantize_weight, cfg=cfg))
-        quantize_flow(rounded, cfg)
-        with torch.no_grad():
-            rows.append({"name": name, "value": float(next_token_loss(rounded(calib).logits, calib))})
-    return rows
-
-
-def spread_over_rotations(ctx) -> list[dict]:
-    """Largest minus smallest loss in nats on 6 test windows over four random orthogonal rotations."""
-    model, tokens, rows = ctx.reference("reference-outlier"), ctx.test_windows(6), []
-    for name, cfg in (("rounded", Config()), ("not_rounded", Config(a_bits=None, kv_bits=None))):
-        losses = []
-        for seed in range(4):
-            start = initial_rotations(model, replace(cfg, init="orthogonal", seed=seed))
-            rotated = rotate(model, start, cfg)
-            quantize_flow(rotated, cfg)
-            with torch.no_grad():
-                losses.append(float(next_token_loss(rotated(tokens).logits, tokens)))
-        rows.append({"name": name, "value": max(losses) - min(losses)})
-    return rows
