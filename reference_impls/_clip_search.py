@@ -7,6 +7,10 @@ from torch import Tensor
 
 from requant.reference_impls import _quant
 
+_FLOOR = (
+    1e-6  # of a step: log and exp take ten times as long at 0 and where a result is below the normal numbers
+)
+
 
 def grid_of_share(x: Tensor, bits: int, symmetric: bool, ratio: float = 1.0) -> tuple[Tensor, Tensor]:
     """Scale and zero point [..., 1] for ratio times the range of x [..., n]; symmetric: peak / (2^(b-1) - 1)."""
@@ -28,7 +32,8 @@ def search_grid(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
         scale, zero = grid_of_share(x, bits, symmetric, 1 - step / 100)
         codes = torch.div(x, scale, out=error).round_().add_(zero).clamp_(0, 2**bits - 1)
         codes.sub_(zero).mul_(scale).sub_(x)  # all in the memory of `error`
-        total = error.abs_().log_().mul_(2.4).exp_().sum(-1, keepdim=True)
+        torch.maximum(error.abs_(), scale * _FLOOR, out=error)
+        total = error.log_().mul_(2.4).exp_().sum(-1, keepdim=True)
         better = total < best
         best, best_scale = torch.where(better, total, best), torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero, best_zero)

@@ -39,7 +39,9 @@ class _AffineSTE(torch.autograd.Function):
     """`affine_ste` in few passes over memory, where learned methods spend their time: one node in place of seven."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, zero_point: Tensor, offset: Tensor | None, bits: int) -> Tensor:
+    def forward(
+        ctx, x: Tensor, scale: Tensor, zero_point: Tensor, offset: Tensor | None, bits: int
+    ) -> Tensor:
         steps = x / scale
         codes = (steps.round() if offset is None else (steps + offset).round_()).add_(zero_point)
         clamped = codes.clamp(0, 2**bits - 1)
