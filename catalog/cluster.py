@@ -83,9 +83,9 @@ def measure_on_ray(
 def fingerprint() -> str:
     """Versions of the packages and a hash of this machine's implementations: what two machines must share."""
     from requant.catalog import ledger
-    from requant.catalog.resume import source_hash
+    from requant.catalog.code_hash import code_hash
 
-    return f"{ledger.versions()} {source_hash('**/*')}"
+    return f"{ledger.versions()} {code_hash()}"
 
 
 def _connect(address: str | None, jobs: int):

@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from requant.catalog import code_hash as code_hash_module
 from requant.catalog import ledger, parallel, resume
 from requant.catalog.claims import NOT_RUN, Measurement
 from requant.catalog.cli import app
+from requant.catalog.code_hash import code_hash
 from requant.catalog.entry import Tolerance
 from requant.catalog.loader import load_catalog
 
@@ -114,7 +116,7 @@ def test_the_key_depends_on_what_decides_the_number(monkeypatch: pytest.MonkeyPa
     assert key() != key(replace(claim, protocol="reference-kjv-256/1"))
     assert key() != key(device="xpu")
     assert key(bits) != key(replace(bits, tolerance=Tolerance(why="looser", rel=0.5)))
-    monkeypatch.setattr(resume, "source_hash", lambda pattern: "other code")
+    monkeypatch.setattr(resume, "code_hash", lambda modules: "other code")
     other_code = key()
     monkeypatch.undo()
     assert key() != other_code
@@ -124,19 +126,51 @@ def test_the_key_depends_on_what_decides_the_number(monkeypatch: pytest.MonkeyPa
 
 
 def test_evidence_decides_the_claims_that_name_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    catalog, real = load_catalog(), resume.source_hash
+    catalog, real = load_catalog(), resume.code_hash
     paper = catalog.papers["quip"]
-    assert real("evidence/quip") not in (real("quip"), real("evidence/no_such"))
     claims = {claim.kind: claim for claim in paper.claims}
 
     def keys() -> dict[str, str]:
         return {kind: resume.record_key(paper, claim, catalog.vocab) for kind, claim in claims.items()}
 
     before = keys()
-    monkeypatch.setattr(resume, "source_hash", lambda one: "new" if one == "evidence/quip" else real(one))
+    monkeypatch.setattr(resume, "code_hash", lambda names: "new" if "evidence/quip" in names else real(names))
     after = keys()
     assert {"invariant", "finding", "ordering", "bits"} <= set(before)
     assert {kind for kind in before if before[kind] != after[kind]} == {"invariant", "finding"}
+
+
+def test_code_counts_as_far_as_a_module_reaches(tmp_path: Path) -> None:
+    """`a` imports `_b`, which imports a name from `c`; evidence/a names `d` in a string; nobody reaches `e`."""
+    (tmp_path / "evidence").mkdir()
+    sources = {
+        "a": "from requant.reference_impls import _b",
+        "_b": "from requant.reference_impls.c import f",
+        "c": "def f(): pass",
+        "evidence/a": "from requant.reference_impls.a import x\nrun('d')",
+        "d": "",
+        "e": "",
+    }
+    for name, text in sources.items():
+        (tmp_path / f"{name}.py").write_text(text)
+
+    def hashes() -> list[str]:
+        code_hash_module._neighbours.cache_clear()
+        code_hash_module._reached.cache_clear()
+        return [code_hash(names, tmp_path) for names in (["a"], ["a", "evidence/a"], None)]
+
+    moved = {}
+    for name, text in sources.items():
+        before = hashes()
+        (tmp_path / f"{name}.py").write_text(text + "\n# changed")
+        moved[name] = "".join("*" if old != new else "." for old, new in zip(before, hashes(), strict=True))
+    assert moved == {"a": "***", "_b": "***", "c": "***", "evidence/a": ".**", "d": ".**", "e": "..*"}
+
+
+def test_real_methods_reach_the_ones_they_build_on() -> None:
+    folder = Path(code_hash_module.__file__).parents[1] / "reference_impls"
+    reached = code_hash_module._reached(frozenset({"awq"}), folder)
+    assert {"awq", "gptq", "_quant", "_walk"} <= set(reached) and "i_llm" not in reached
 
 
 def test_what_was_not_run_or_has_another_key_is_measured_again(tmp_path: Path) -> None:
