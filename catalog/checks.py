@@ -17,30 +17,41 @@ from requant.catalog.strict_yaml import Document, Where, read_bytes
 from requant.catalog.vocabulary import Vocab
 
 TODO = "TODO(you)"
+EVIDENCE = "evidence"  # the folder in reference_impls with the functions for claims of methods that are long themselves
 Errors = Iterator[CatalogError]
 
 
 class Implementations:
-    """The modules of a reference_impls folder, known by their files; none is imported."""
+    """The modules of a reference_impls folder, known by their files; none is imported.
+
+    Attributes:
+        public: the methods.
+        evidence: those whose functions for claims are in evidence/<name>.py, all of them.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.public = frozenset(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+        self.public = _public_modules(folder)
+        self.evidence = _public_modules(folder / EVIDENCE)
         self._sources: dict[str, str] = {}
 
-    def source(self, name: str) -> str:
-        """Text of one module. Raises: CatalogError if it cannot be read."""
-        if name not in self._sources:
-            self._sources[name] = read_bytes(self.folder / f"{name}.py").decode("utf-8", errors="replace")
-        return self._sources[name]
+    def files(self, name: str) -> tuple[str, ...]:
+        """The files of one method, relative to the folder: its module, then its evidence where that is apart."""
+        return (f"{name}.py", *([f"{EVIDENCE}/{name}.py"] if name in self.evidence else []))
 
-    def defines(self, name: str, function: str) -> bool:
-        return (
-            re.search(rf"^(async )?def {re.escape(function)}\b", self.source(name), re.MULTILINE) is not None
-        )
+    def source(self, file: str) -> str:
+        """Text of one file. Raises: CatalogError if it cannot be read."""
+        if file not in self._sources:
+            self._sources[file] = read_bytes(self.folder / file).decode("utf-8", errors="replace")
+        return self._sources[file]
 
     def functions(self, name: str) -> list[str]:
-        return re.findall(r"^def ([a-z]\w*)", self.source(name), re.MULTILINE)
+        """The functions that claims on a method may name."""
+        return re.findall(r"^(?:async )?def ([a-z]\w*)", self.source(self.files(name)[-1]), re.MULTILINE)
+
+
+def _public_modules(folder: Path) -> frozenset[str]:
+    return frozenset(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
 
 
 def unfinished(doc: Document) -> Errors:
@@ -113,11 +124,12 @@ def _implementation(doc: Document, impls: Implementations) -> Errors:
     if doc.value.get("planned"):
         yield doc.error(("planned",), "is only for entries with impl: null")
     yield from _module(doc, ("impl",), impl, impls)
-    if impl in impls.public and TODO in impls.source(impl):
-        line = impls.source(impl).split(TODO)[0].count("\n") + 1
-        yield doc.error(
-            ("impl",), f"reference_impls/{impl}.py still says {TODO} on line {line}", value=shorten(impl)
-        )
+    for file in impls.files(impl) if impl in impls.public else ():
+        before, mark, _ = impls.source(file).partition(TODO)
+        if mark:
+            line = before.count("\n") + 1
+            message = f"reference_impls/{file} still says {TODO} on line {line}"
+            yield doc.error(("impl",), message, value=shorten(impl))
 
 
 def _bits_formula(doc: Document, vocab: Vocab) -> Errors:
@@ -154,11 +166,9 @@ def _function(doc: Document, path: Where, name: str, impls: Implementations) -> 
     impl = doc.value["impl"]
     if impl is None:
         yield doc.error(path, "needs an implementation, but impl is null", value=shorten(name))
-    elif not impls.defines(impl, name):
-        hint = nearest(name, impls.functions(impl))
-        yield doc.error(
-            path, f"is not a function in reference_impls/{impl}.py", value=shorten(name), suggestion=hint
-        )
+    elif name not in (known := impls.functions(impl)):
+        message = f"is not a function in reference_impls/{impls.files(impl)[-1]}"
+        yield doc.error(path, message, value=shorten(name), suggestion=nearest(name, known))
 
 
 def _claim_ids(doc: Document) -> Errors:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from requant.catalog.checkpoints import NotHere, measure_checkpoint
-from requant.catalog.context import Context, load_impl, make_config
+from requant.catalog.context import Context, load_evidence, load_impl, make_config
 from requant.catalog.entry import (
     NO_IMPLEMENTATION,
     BitsClaim,
@@ -169,7 +169,7 @@ def _ordering(paper: Paper, claim: OrderingClaim, _options: Options) -> Measurem
 
 
 def _invariant(paper: Paper, claim: InvariantClaim, _options: Options) -> Measurement:
-    value = float(getattr(load_impl(paper.impl), claim.function)(Context()))
+    value = float(getattr(load_evidence(paper.impl), claim.function)(Context()))
     return _outcome(paper, claim, value, _verdict(math.isfinite(value) and value <= claim.bound), "")
 
 
@@ -232,7 +232,7 @@ def _finding(paper: Paper, claim: FindingClaim, _options: Options) -> Measuremen
 
 @functools.cache
 def _experiment(impl: str, function: str) -> tuple[tuple[str, float], ...]:
-    rows = getattr(load_impl(impl), function)(Context())
+    rows = getattr(load_evidence(impl), function)(Context())
     return tuple((row["name"], float(row["value"])) for row in rows)
 
 

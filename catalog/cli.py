@@ -13,6 +13,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from requant.catalog.checks import EVIDENCE
 from requant.catalog.doctor import doctor
 from requant.catalog.entry import Paper
 from requant.catalog.errors import CatalogError, nearest, one_line
@@ -175,6 +176,8 @@ def check_outcomes(catalog: Catalog, orphans: bool = True) -> list[Outcome]:
     for name in orphan_modules(catalog) if orphans else ():
         path = catalog.folders.impls / f"{name}.py"
         message = f"no entry names this module; write papers/{name}.yaml, or let its name begin with _"
+        if name.startswith(EVIDENCE):
+            message = f"there is no method {path.name} beside this folder; rename or delete one of the two"
         outcomes.append(Outcome(name, path, None, CatalogError(path, "", message)))
     return outcomes
 

@@ -85,7 +85,7 @@ def fingerprint() -> str:
     from requant.catalog import ledger
     from requant.catalog.resume import source_hash
 
-    return f"{ledger.versions()} {source_hash('*')}"
+    return f"{ledger.versions()} {source_hash('**/*')}"
 
 
 def _connect(address: str | None, jobs: int):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
+import importlib.util
 import json
 from collections.abc import Mapping
 from types import ModuleType
@@ -22,6 +22,12 @@ ORDERING_PROTOCOL = "reference-kjv-256-spread/1"  # of orderings and findings
 def load_impl(name: str) -> ModuleType:
     """The reference implementation with this id, imported when first asked for."""
     return importlib.import_module(f"requant.reference_impls.{name}")
+
+
+def load_evidence(name: str) -> ModuleType:
+    """Where the functions are that claims on this implementation name: evidence/<name>.py, or else its own module."""
+    module = f"requant.reference_impls.evidence.{name}"
+    return importlib.import_module(module) if importlib.util.find_spec(module) else load_impl(name)
 
 
 def make_config(impl: ModuleType, overrides: Mapping[str, object]) -> object:

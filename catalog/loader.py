@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from requant.catalog import entry
-from requant.catalog.checks import Implementations, cross_checks, unfinished
+from requant.catalog.checks import EVIDENCE, Implementations, cross_checks, unfinished
 from requant.catalog.entry import MEASURED_KINDS, NO_IMPL, Paper, freeze
 from requant.catalog.errors import CatalogError, nearest, shorten
 from requant.catalog.schemas import check_schema
@@ -132,13 +132,19 @@ def check_id(name: str) -> str | None:
         return (
             "an id is a lower-case letter followed by at most 63 lower-case letters, digits and underscores"
         )
-    return f"{name} is a reserved word" if name == NO_IMPL else None
+    return f"{name} is a reserved word" if name in (NO_IMPL, EVIDENCE) else None
 
 
 def orphan_modules(catalog: Catalog) -> list[str]:
-    """Public modules of reference_impls that no entry names; a broken entry counts as naming its namesake."""
+    """Public modules of reference_impls that no entry names, and `evidence/<name>` on no module there.
+
+    A broken entry counts as naming its namesake.
+    """
+    impls = Implementations(catalog.folders.impls)
     named = {paper.impl for paper in catalog.papers.values()} | set(catalog.failed)
-    return sorted(Implementations(catalog.folders.impls).public - named)
+    return sorted(impls.public - named) + sorted(
+        f"{EVIDENCE}/{name}" for name in impls.evidence - impls.public
+    )
 
 
 def _read(path: Path) -> Document:

@@ -1,10 +1,10 @@
 """Which saved measurements still stand, so that a run which was stopped can go on where it was.
 
 A measurement has a key: a hash of what decides it and is known before it is made. That is the claim's content but for
-its words, the protocol's definition, the pinned checkpoint revision, the source of the implementations it runs, the
-versions of the packages, and the kind of device. The commit is not part of it: a commit that changes none of these
-changes no number. Neither is the place of a checkpoint; weights that were swapped under one name have to be measured
-again without --resume.
+its words, the protocol's definition, the pinned checkpoint revision, the source of the implementations it runs and of
+the evidence if it names a function, the versions of the packages, and the kind of device. The commit is not part of it:
+a commit that changes none of these changes no number. Neither is the place of a checkpoint; weights that were swapped
+under one name have to be measured again without --resume.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from requant.catalog import ledger
+from requant.catalog.checks import EVIDENCE
 from requant.catalog.claims import NOT_RUN, Measurement
 from requant.catalog.entry import NO_IMPL, UNSTATED, Claim, OrderingClaim, Paper, Run, as_plain
 from requant.catalog.protocols import get_protocol
@@ -35,12 +36,15 @@ def record_key(paper: Paper, claim: Claim, vocab: Vocab, device: str = "cpu") ->
         impls |= {
             run.impl for run in (*claim.runs.values(), *claim.baseline.values()) if isinstance(run, Run)
         }
+    sources = [*sorted(impls - {None, NO_IMPL}), "_*"]
+    if getattr(claim, "function", None):
+        sources.append(f"{EVIDENCE}/{paper.impl}")
     parts = {
         "entry": paper.id,
         "claim": {name: value for name, value in as_plain(claim).items() if name not in _WORDS},
         "protocol": get_protocol(protocol).fingerprint if protocol not in (None, UNSTATED) else None,
         "revision": model.revision if model else None,
-        "code": [source_hash(impl) for impl in sorted(impls - {None, NO_IMPL})] + [source_hash("_*")],
+        "code": [source_hash(source) for source in sources],
         "versions": ledger.versions(),
         "device": device_kind(device),
     }
@@ -62,12 +66,12 @@ def device_kind(device: str) -> str:
 
 @functools.cache
 def source_hash(pattern: str) -> str:
-    """Hash of the modules of reference_impls that match a name, of those that are shared (`_*`), or of all (`*`)."""
+    """Hash of the modules of reference_impls that match: `gptq`, `evidence/quip`, the shared `_*`, or all `**/*`."""
     import requant.reference_impls
 
-    digest = hashlib.sha256()
-    for path in sorted(Path(requant.reference_impls.__file__).parent.glob(f"{pattern}.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    folder, digest = Path(requant.reference_impls.__file__).parent, hashlib.sha256()
+    for path in sorted(folder.glob(f"{pattern}.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 

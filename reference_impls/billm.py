@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from requant.reference_impls._hessian import damped, inverse_cholesky, proxy_loss
+from requant.reference_impls._hessian import damped, inverse_cholesky
 from requant.reference_impls._quant import pack_bits, unpack_bits
 from requant.reference_impls._walk import check_calib, copy_model, named_linears, walk_blocks
 
-_COMPENSATIONS = ("diagonal", "solve", "none")
+COMPENSATIONS = ("diagonal", "solve", "none")
 _BREAK_POINTS = ("quantile", "quantile_with_zeros", "max")
 
 
@@ -63,12 +63,12 @@ class Block:
 
     def dequantize(self) -> Tensor:
         """The approximation, float32 [d_out, n] (Eq. 7 and Algorithm 1, line 11)."""
-        concentrated, sparse, term = (_value(self.mean[i], self.scale[i], self.first) for i in range(3))
-        residual = _value(self.mean[3], self.scale[3], self.second)
+        concentrated, sparse, term = (signed_value(self.mean[i], self.scale[i], self.first) for i in range(3))
+        residual = signed_value(self.mean[3], self.scale[3], self.second)
         return torch.where(self.salient, term + residual, torch.where(self.second, sparse, concentrated))
 
 
-def _value(mean: Tensor, scale: Tensor, positive: Tensor) -> Tensor:
+def signed_value(mean: Tensor, scale: Tensor, positive: Tensor) -> Tensor:
     return mean + torch.where(positive, scale, -scale)
 
 
@@ -79,14 +79,14 @@ def _fit(x: Tensor, mask: Tensor, row_means: bool) -> tuple[Tensor, Tensor]:
     return mean, ((x - mean).abs() * mask).sum(1, keepdim=True) / count
 
 
-def _split_error(x: Tensor, mask: Tensor, terms: int, row_means: bool) -> Tensor:
+def split_error(x: Tensor, mask: Tensor, terms: int, row_means: bool) -> Tensor:
     """Squared error of binarizing masked and other entries apart, `terms` times each (Eq. 5, 8, 11)."""
     total = x.new_zeros(())
     for part in (mask, ~mask):
         rest = x
         for _ in range(terms):
             mean, scale = _fit(rest, part, row_means)
-            rest = rest - _value(mean, scale, rest - mean >= 0)
+            rest = rest - signed_value(mean, scale, rest - mean >= 0)
         total = total + (rest.square() * part).sum()
     return total
 
@@ -100,7 +100,7 @@ def search_columns(x: Tensor, order: Tensor, cfg: Config) -> int:
         return high
     if cfg.search_terms > 1 or cfg.row_means:
         rank = order.argsort()
-        errors = [_split_error(x, rank < k, cfg.search_terms, cfg.row_means) for k in counts]
+        errors = [split_error(x, rank < k, cfg.search_terms, cfg.row_means) for k in counts]
         return int(counts[torch.stack(errors).argmin()])
     # with the best scale |x - a sign(x)|^2 = |x|^2 - (sum |x|)^2 / n: maximize the sum of the last terms
     sums = x[:, order].abs().cumsum(1)
@@ -132,7 +132,7 @@ def search_break_point(x: Tensor, n_zeros: int, cfg: Config) -> Tensor:
     magnitude = x.abs()
     points = break_points(magnitude, n_zeros, cfg)
     if cfg.row_means:
-        return points[torch.stack([_split_error(x, magnitude <= p, 1, True) for p in points]).argmin()]
+        return points[torch.stack([split_error(x, magnitude <= p, 1, True) for p in points]).argmin()]
     ordered = magnitude.sort(1).values
     sums = nn.functional.pad(ordered.cumsum(1), (1, 0))  # [d_out, n + 1]
     count = torch.searchsorted(ordered, points.repeat(len(x), 1), right=True)  # [d_out, n_break_points]
@@ -169,7 +169,7 @@ def binarize_block(W: Tensor, saliency: Tensor, cfg: Config) -> Block:
     first = torch.zeros_like(sparse)
     for mask, (mean, _) in zip(masks, fits, strict=True):
         first |= mask & (W - mean >= 0)
-    residual = W - _value(*fits[2], first)  # Eq. 6
+    residual = W - signed_value(*fits[2], first)  # Eq. 6
     fits.append([t.half().float() for t in _fit(residual, columns, cfg.row_means)])
     second = torch.where(columns, residual - fits[3][0] >= 0, sparse)
     mean, scale = (torch.stack(parts) for parts in zip(*fits, strict=True))
@@ -210,7 +210,7 @@ def binarize_columns(W: Tensor, H: Tensor, cfg: Config) -> Iterator[Block]:
 
 
 def _check(cfg: Config) -> None:
-    for name, choices in (("compensation", _COMPENSATIONS), ("break_points", _BREAK_POINTS)):
+    for name, choices in (("compensation", COMPENSATIONS), ("break_points", _BREAK_POINTS)):
         if getattr(cfg, name) not in choices:
             raise ValueError(f"{name} {getattr(cfg, name)!r} is unknown; choose one of {', '.join(choices)}")
     if not 1 <= cfg.min_salient <= cfg.max_salient:
@@ -290,102 +290,3 @@ def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
     n_scales = len(_stored_fits(cfg)) * -(-d_in // cfg.block_size) * (2 if cfg.row_means else 1)  # a row
     n_bytes = n_planes * -(-d_out * d_in // 8) + 2 * n_scales * d_out + (-(-d_in // 8) if cfg.salient else 0)
     return 8 * n_bytes / (d_out * d_in)
-
-
-# --- invariants named in papers/billm.yaml ----------------------------------------------------------------------------
-
-_LAYERS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
-
-
-def _first_parts(ctx) -> Iterator[tuple[Tensor, Tensor]]:
-    """Weights and saliencies of the first block of columns, for four linears of one decoder block."""
-    n = Config().block_size
-    for name in _LAYERS:
-        W, H, _ = ctx.layer(f"model.layers.2.{name}")
-        U = inverse_cholesky(damped(H, Config().damp_ratio))
-        yield W[:, :n], (W / U.diagonal()).square()[:, :n]
-
-
-def _row_errors(W: Tensor, Q: Tensor) -> Tensor:
-    return (W - Q).square().sum(1)
-
-
-def second_term_ratio(ctx) -> float:
-    """Largest ratio, over rows, of the error of two terms to that of one, in salient columns; <= 1 by Eq. 8."""
-    ratios = []
-    for W, saliency in _first_parts(ctx):
-        block = binarize_block(W, saliency, Config())
-        two, one = block.dequantize(), _value(block.mean[2], block.scale[2], block.first)
-        two, one = (_row_errors(W[:, block.salient], Q[:, block.salient]) for Q in (two, one))
-        ratios.append(float((two / one).max()))
-    return max(ratios)
-
-
-def splitting_ratio(ctx) -> float:
-    """Largest ratio, over rows, of the error of two magnitude groups to that of one; <= 1 at any break-point."""
-    ratios = []
-    for W, saliency in _first_parts(ctx):
-        blocks = (binarize_block(W, saliency, Config(salient=False, splitting=on)) for on in (True, False))
-        two, one = (_row_errors(W, block.dequantize()) for block in blocks)
-        ratios.append(float((two / one).max()))
-    return max(ratios)
-
-
-def most_values_in_a_row(ctx) -> float:
-    """Most distinct values a row takes within a block: at most 2 concentrated, 2 sparse and 4 salient ones."""
-    counts = []
-    for W, saliency in _first_parts(ctx):
-        ordered = binarize_block(W, saliency, Config()).dequantize().sort(1).values
-        counts.append(float((ordered.diff(dim=1) != 0).sum(1).max()) + 1)
-    return max(counts)
-
-
-def misplaced_weights(ctx) -> float:
-    """Sparse weights in salient columns, concentrated ones larger than a sparse one, too few or many columns."""
-    wrong = 0
-    for W, saliency in _first_parts(ctx):
-        salient, sparse = find_groups(W, saliency, Config())
-        concentrated = ~(sparse | salient)
-        wrong += int((sparse & salient).sum())
-        wrong += int((W.abs()[concentrated] >= W.abs()[sparse].min()).sum())
-        wrong += int(not Config().min_salient <= int(salient.sum()) <= Config().max_salient)
-    return float(wrong)
-
-
-def compensation_inside_a_block(ctx) -> float:
-    """Largest difference that compensation makes to a layer of a single block; none of it stays inside."""
-    W, H, _ = ctx.layer("model.layers.2.self_attn.o_proj")
-    Q = [quantize_weight(W, H, Config(block_size=len(H), compensation=how)) for how in _COMPENSATIONS]
-    return max(float((Q[i] - Q[2]).abs().max()) for i in range(2))
-
-
-def search_excess(ctx) -> float:
-    """How much worse, relatively, the searches by prefix sums do than trying every candidate."""
-    cfg, excess = Config(), []
-    for W, saliency in _first_parts(ctx):
-        x, order = W[:64].double(), saliency.sum(0).argsort(descending=True)
-        rank, size = order.argsort(), x.abs()
-        counts = range(cfg.min_salient, cfg.max_salient + 1)
-        columns = {k: float(_split_error(x, rank < k, 1, False)) for k in counts}
-        points = [float(_split_error(x, size <= p, 1, False)) for p in break_points(size, 0, cfg)]
-        found = float(_split_error(x, size <= search_break_point(x, 0, cfg), 1, False))
-        excess += [
-            columns[search_columns(x, order, cfg)] / min(columns.values()) - 1,
-            found / min(points) - 1,
-        ]
-    return max(excess)
-
-
-def least_squares_update_ratio(ctx) -> float:
-    """Largest ratio of layer losses once one block is binarized: least-squares correction to line 12's."""
-    ratios, n = [], Config().block_size
-    for (part, saliency), name in zip(_first_parts(ctx), _LAYERS, strict=True):
-        W, H, _ = ctx.layer(f"model.layers.2.{name}")
-        H = damped(H, Config().damp_ratio)
-        U = inverse_cholesky(H)
-        error = part - binarize_block(part, saliency, Config()).dequantize()
-        spread = (spread_error(error, U[:n, :n], how) @ U[:n, n:] for how in _COMPENSATIONS[:2])
-        changes = (torch.cat([error, right], 1) for right in spread)
-        diagonal, solve = (proxy_loss(torch.zeros_like(W), change, H) for change in changes)
-        ratios.append(solve / diagonal)
-    return max(ratios)

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from requant.reference_impls import _quant, _walk, gptq
 from requant.reference_impls._anatomy import anatomy
-from requant.reference_impls._fine_tuned import capitals, fine_tuned, loss
 from requant.reference_impls._quant import QuantizationError, pack_bits, unpack_bits
 from requant.reference_impls._walk import check_calib, copy_model, decoder_blocks, named_linears
 from requant.reference_impls._weights import sequential_stages
@@ -101,7 +100,7 @@ def round_slice(U: Tensor, S: Tensor, Vt: Tensor, H: Tensor, bits: int, cfg: Con
     return round_factor(U, Y @ H @ Y.T, bits, cfg), rounded_V
 
 
-def _product(U: Part, S: Tensor, Vt: Part, cfg: Config) -> Tensor:
+def product_of_factors(U: Part, S: Tensor, Vt: Part, cfg: Config) -> Tensor:
     U, Vt = (f.float() if isinstance(f, Tensor) else f.dequantize(cfg.group_size) for f in (U, Vt))
     return U * S @ Vt
 
@@ -123,14 +122,14 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config, base: nn.Modul
     """
     check_calib(calib)
     tuned, model = decoder_blocks(model), copy_model(model)
-    for linear, weight in _with_base(model, base):
+    for linear, weight in with_base(model, base):
         linear.weight.copy_(weight)
     for block, original in zip(_walk.walk_blocks(model, calib), tuned, strict=True):
         _compress_block(block, named_linears(original), cfg)
     return model
 
 
-def _with_base(model: nn.Module, base: nn.Module | None) -> list[tuple[nn.Linear, Tensor]]:
+def with_base(model: nn.Module, base: nn.Module | None) -> list[tuple[nn.Linear, Tensor]]:
     ours = named_linears(decoder_blocks(model))
     if base is None:
         return [(linear, torch.zeros_like(linear.weight)) for linear in ours.values()]
@@ -152,14 +151,14 @@ def _compress_block(block: _walk.Block, tuned: dict[str, nn.Linear], cfg: Config
     for index, bits in enumerate(cfg.widths):
         before = {name: linear.weight.clone() for name, linear in linears.items()}
         for name, linear in linears.items():  # unrounded, until its turn comes
-            linear.weight += _product(*slices[name][index], cfg)
+            linear.weight += product_of_factors(*slices[name][index], cfg)
         for stage in sequential_stages(block):
             hessians = block.hessians(stage) if bits != 16 else dict.fromkeys(stage)
             for name, linear in stage.items():
                 U, S, Vt = slices[name][index]
                 if len(S):
                     U, Vt = round_slice(U, S, Vt, hessians[name], bits, cfg)
-                    linear.weight.copy_(before[name] + _product(U, S, Vt, cfg))
+                    linear.weight.copy_(before[name] + product_of_factors(U, S, Vt, cfg))
 
 
 # --- one layer
@@ -175,7 +174,9 @@ def _rounded(D: Tensor, H: Tensor, cfg: Config) -> Iterator[tuple[int, Part, Ten
 
 def quantize_weight(D: Tensor, H: Tensor, cfg: Config) -> Tensor:
     """Compress a difference D [d_out, d_in] with `ranks_attention`, all widths on the same H: float32, same shape."""
-    return sum((_product(U, S, Vt, cfg) for _, U, S, Vt in _rounded(D, H, cfg)), torch.zeros_like(D))
+    return sum(
+        (product_of_factors(U, S, Vt, cfg) for _, U, S, Vt in _rounded(D, H, cfg)), torch.zeros_like(D)
+    )
 
 
 def pack_weight(D: Tensor, H: Tensor, cfg: Config) -> dict[str, Tensor]:
@@ -202,7 +203,7 @@ def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
     for bits in (bits for bits in cfg.widths if f"{bits}_S" in packed):
         S = packed[f"{bits}_S"].float()
         U = _unpack_factor(packed, f"{bits}_U", bits, (d_out, len(S)))
-        D += _product(U, S, _unpack_factor(packed, f"{bits}_V", bits, (len(S), d_in)), cfg)
+        D += product_of_factors(U, S, _unpack_factor(packed, f"{bits}_V", bits, (len(S), d_in)), cfg)
     return D
 
 
@@ -232,82 +233,3 @@ def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
             extra += rows * math.ceil(columns / (cfg.group_size or columns)) * (16 + bits)
             extra += columns * (columns - 1).bit_length() if cfg.act_order else 0
     return code_bits(d_out, d_in, cfg.widths, ranks) + extra / (d_out * d_in)
-
-
-# --- invariants and findings named in papers/delta_come.yaml
-
-
-def bit_delta(tuned: nn.Module, base: nn.Module) -> nn.Module:
-    """The baseline of one bit a weight: sign of the difference times its mean magnitude (BitDelta, not distilled)."""
-    model = copy_model(tuned)
-    for linear, weight in _with_base(model, base):
-        D = linear.weight - weight
-        linear.weight.copy_(weight + D.sign() * D.abs().mean())
-    return model
-
-
-@torch.no_grad()
-def deltas_at_one_sixteenth(ctx) -> list[dict]:
-    """Loss (nats) on 8 windows of the test split in capitals, for the same bits of codes spent in different ways.
-
-    The model is `fine_tuned`, its base the reference model; calibrated on 8 windows of the train split in capitals. The
-    rows `kl_*` are mean KL divergences (nats) of the predictions from those of the fine-tuned model.
-    """
-    base, tuned = ctx.reference(), fine_tuned(ctx)
-    calib, windows = (capitals(ctx, tokens, 256)[:8] for tokens in (ctx.calib(16), ctx.test_windows(16)))
-    settings = {
-        "mixed": Config((8, 3, 2), (2, 32, 8), (2, 32, 40)),  # the published ranks, cut to budget
-        "low_rank": Config((16,), (8,), (12,)),
-        "two_bit": Config((2,), (64,), (96,)),
-        "three_bit": Config((3,), (42,), (64,)),
-    }
-    models = {name: quantize(tuned, calib, cfg, base) for name, cfg in settings.items()}
-    models |= {"bit_delta": bit_delta(tuned, base), "base": base, "fine_tuned": tuned}
-    wanted, values = tuned(windows).logits.log_softmax(-1), {}
-    for name, model in models.items():
-        found = model(windows).logits.log_softmax(-1)
-        values[name] = float(loss(model, windows))
-        values[f"kl_{name}"] = float((wanted.exp() * (wanted - found)).sum(-1).mean())
-    return [{"name": name, "value": value} for name, value in values.items()]
-
-
-def _layer(ctx) -> tuple[Tensor, Tensor]:
-    """A constructed difference, a tenth of that between two layers of the reference model, and H of the first."""
-    W, H, _ = ctx.layer("model.layers.1.self_attn.q_proj")
-    return 0.1 * (ctx.layer("model.layers.2.self_attn.q_proj")[0] - W), H
-
-
-def all_ranks_give_the_difference(ctx) -> float:
-    """Relative error of U diag(S) V^T with all ranks; what is left is the rounding of S to bfloat16."""
-    D, _ = _layer(ctx)
-    ((U, S, Vt),) = decompose(D, (len(D),))
-    return float((U * S @ Vt - D).norm() / D.norm())
-
-
-def sixteen_bits_give_the_model_back(ctx) -> float:
-    """Largest relative error of a linear's difference when all its ranks stay in 16 bits; infinite if else changed."""
-    base, tuned, tokens = ctx.reference(), ctx.reference("reference-outlier"), ctx.calib(2)
-    merged = quantize(tuned, tokens, Config((16,), (256,), (256,)), base)
-    worst = 0.0 if torch.equal(merged.model.norm.weight, tuned.model.norm.weight) else math.inf
-    for (linear, old), (_, new) in zip(_with_base(merged, base), _with_base(merged, tuned), strict=True):
-        worst = max(worst, float((linear.weight - new).norm() / (new - old).norm()))
-    return worst
-
-
-def default_ranks_fit_the_budget(ctx) -> float:
-    """Bits per weight of the codes at the published ranks for the matrices of a 7B Llama; 1 is a sixteenth of 16."""
-    cfg = Config()
-    shapes = ((4096, 4096, cfg.ranks_attention), (11008, 4096, cfg.ranks_mlp), (4096, 11008, cfg.ranks_mlp))
-    return max(code_bits(d_out, d_in, cfg.widths, ranks) for d_out, d_in, ranks in shapes)
-
-
-def inputs_of_u(ctx) -> list[dict]:
-    """Output error of a 2-bit slice, U rounded for outputs of the rounded or the exact V^T, in units of the latter."""
-    D, H = _layer(ctx)
-    ((U, S, Vt),), cfg, errors = decompose(D, (64,)), Config(), {}
-    rounded_V = round_factor(Vt, H, 2, cfg)
-    for name, V in (("rounded_v", rounded_V.dequantize(cfg.group_size)), ("exact_v", Vt)):
-        Y = S[:, None] * V
-        E = _product(round_factor(U, Y @ H @ Y.T, 2, cfg), S, rounded_V, cfg) - U * S @ Vt
-        errors[name] = float((E @ H * E).sum())
-    return [{"name": name, "value": error / errors["exact_v"]} for name, error in errors.items()]

@@ -13,7 +13,7 @@ Deviates  the variant with learned clipping (LWC) is not offered; one random com
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -261,105 +261,3 @@ def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
 def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
     """b + (16 + b)/d_in; rotations and permutations, shared by all rows and blocks, are left out."""
     return _quant.affine_bits(cfg.w_bits, None, d_in, symmetric=False)
-
-
-# --- invariants and findings named in papers/duquant.yaml -----------------------------------------------------------
-
-_LAYER = ("model.layers.1.mlp.down_proj", "reference-outlier", 512)  # 4 of 768 channels have outliers
-
-
-def transforms_keep_logits(ctx) -> float:
-    """Largest change of a logit by smoothing, rotations and permutation, as a share of the largest logit."""
-    model, tokens = ctx.reference("reference-outlier"), ctx.test_windows(2)
-    changed = transform(model, ctx.calib(4), Config(max_rotation_step=4))
-    with torch.no_grad():
-        plain, logits = model(tokens).logits, changed(tokens).logits
-    return float((logits - plain).abs().max() / plain.abs().max())
-
-
-def rotations_are_orthogonal(ctx) -> float:
-    """Largest entry of |R R^T - I| over searched rotations, and distance of the base's first row from 1/sqrt(B)."""
-    generator, worst = torch.Generator().manual_seed(ctx.seed), 0.0
-    X = ctx.layer(*_LAYER)[2]
-    for size in (32, 128, 256):
-        cfg = Config(block_size=size, max_rotation_step=32)
-        flat = base_rotation(size, cfg, generator)[0].abs() - size**-0.5
-        R = search_transform(X, cfg, generator).rotations
-        worst = max(worst, float(flat.abs().max()), float((R @ R.mT - torch.eye(size)).abs().max()))
-    return worst
-
-
-def zigzag_deals_evenly(ctx) -> float:
-    """Channels dealt twice or not at all, plus blocks without exactly one of the K largest channels."""
-    X, size, wrong = ctx.layer(*_LAYER)[2], 128, 0
-    for data in (X, X[:, :256], X.abs() ** 0.5):
-        order = zigzag(data, size)
-        blocks = data.shape[1] // size
-        largest = data.abs().amax(0).argsort(descending=True, stable=True)[:blocks]
-        wrong += int((order.sort().values != torch.arange(len(order))).sum())
-        wrong += int((torch.isin(order.view(blocks, size), largest).sum(1) != 1).sum())
-    return float(wrong)
-
-
-def kept_prefix_is_the_best(ctx) -> float:
-    """Relative distance of the range that the kept rotation leaves from the smallest recorded one."""
-    X = ctx.layer(*_LAYER)[2].reshape(-1, 128)
-    R, peaks = search_rotation(X, Config(max_rotation_step=64), torch.Generator().manual_seed(ctx.seed))
-    rotated = X @ R
-    return abs(float(rotated.max() - rotated.min()) / min(peaks) - 1)
-
-
-def peaks_after_rotation(ctx) -> list[dict]:
-    """Range max - min of the input of down_proj in blocks of 128, as a share of the range before; means of 3 draws."""
-    X = ctx.layer(*_LAYER)[2].reshape(-1, 128)
-    before, totals = float(X.max() - X.min()), {}
-    for seed in range(3):
-        for name, construction in (("searched", "paper"), ("released", "released")):
-            cfg = Config(max_rotation_step=64, construction=construction)
-            peaks = search_rotation(X, cfg, torch.Generator().manual_seed(seed))[1]
-            totals[name] = totals.get(name, 0.0) + min(peaks)
-            if name == "searched":
-                totals["one_step"] = totals.get("one_step", 0.0) + peaks[1]
-        rotated = X @ random_orthogonal(128, torch.Generator().manual_seed(seed)).float()
-        totals["random"] = totals.get("random", 0.0) + float(rotated.max() - rotated.min())
-    return [{"name": "none", "value": 1.0}] + [
-        {"name": name, "value": total / 3 / before} for name, total in totals.items()
-    ]
-
-
-def unevenness_of_blocks(ctx) -> list[dict]:
-    """Standard deviation over blocks of the mean of max|x_j|, as a share of the mean; after one rotation."""
-    X, size = ctx.layer(*_LAYER)[2], 32
-    cfg, generator = Config(block_size=size, max_rotation_step=32), torch.Generator().manual_seed(ctx.seed)
-    X = search_transform(X, replace(cfg, permutation_times=0), generator)(X)
-    orders = {"none": [torch.arange(X.shape[1])], "zigzag": [zigzag(X, size)]}
-    orders["random"] = [torch.randperm(X.shape[1], generator=generator) for _ in range(8)]
-    rows = []
-    for name, choices in orders.items():
-        means = [X.abs().amax(0)[order].view(-1, size).mean(1) for order in choices]
-        value = sum(float(mean.std(correction=0) / mean.mean()) for mean in means) / len(means)
-        rows.append({"name": name, "value": value})
-    return rows
-
-
-def product_errors(ctx) -> list[dict]:
-    """Squared error of a 4-bit product of one down_proj as a share of its square; mean over three draws.
-
-    planted_* is reference-outlier, where weights at outlier channels are small by the factor of the outliers.
-    """
-    how = {"dual": (32, 1), "rotated_once": (32, 0), "plain": (0, 0)}
-    rows = []
-    for prefix, model in (("", "reference"), ("planted_", "reference-outlier")):
-        W, _, X = ctx.layer(_LAYER[0], model, 512)
-        exact = X @ W.T
-        for name, (steps, times) in how.items():
-            cfg, total = Config(block_size=32, max_rotation_step=steps, permutation_times=times), 0.0
-            for seed in range(3):
-                T = search_transform(X, cfg, torch.Generator().manual_seed(seed))
-                Y = (
-                    _quant.clipped_fake_quant(T(X), cfg.a_bits, cfg.a_clip_ratio)
-                    @ quantize_weight(T(W), None, cfg).T
-                )
-                total += float((Y - exact).square().sum() / exact.square().sum())
-            rows.append({"name": prefix + name, "value": total / 3})
-    return rows

@@ -12,15 +12,14 @@ Deviates  the prox finds its threshold by Newton's method instead of sorting (sa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import _quant, gptq
-from requant.reference_impls._hessian import coordinate_sweep, damped, proxy_loss
+from requant.reference_impls._hessian import coordinate_sweep, damped
 from requant.reference_impls._quant import QuantizationError
 from requant.reference_impls._walk import check_calib
 from requant.reference_impls._weights import quantize_blockwise
@@ -202,96 +201,3 @@ def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
     if cfg.quantizer == "none":
         return 16.0
     return _quant.affine_bits(cfg.w_bits, cfg.group_size, d_in, cfg.symmetric)
-
-
-# --- invariants and findings named in papers/magr.yaml ----------------------------------------------------------------
-
-_LAYERS = [f"model.layers.1.{name}" for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")]
-
-
-def prox_matches_sorting(ctx) -> float:
-    """Largest difference of `prox` from v - t P(v / t) with P by sorting (Algorithms 2 and 3), per unit of max|v|."""
-    W, _, _ = ctx.layer(_LAYERS[0])
-    worst = 0.0
-    for t in (1e-4, 1e-2, 1.0, 100.0):
-        z = W.double() / t
-        u = z.abs().sort(-1, descending=True).values
-        excess = u.cumsum(-1) - 1
-        count = torch.arange(1, W.shape[1] + 1)
-        rho = (u > excess / count).sum(-1, keepdim=True)
-        theta = (excess.gather(-1, rho - 1) / rho).clamp(min=0)  # 0 inside the ball
-        by_sorting = W - t * z.sign() * (z.abs() - theta).clamp(min=0)
-        worst = max(worst, float((prox(W, t)[0] - by_sorting).abs().max() / W.abs().max()))
-    return worst
-
-
-def objective_never_rises(ctx) -> float:
-    """Largest relative rise, over all iterations, of 1/2 |X(w - w0)|^2 + alpha max|w| summed over channels."""
-    W, H, _ = ctx.layer(_LAYERS[2])
-    cfg, normal, last, worst = Config(n_iters=40), H / torch.linalg.eigvalsh(H)[-1], None, -1.0
-    for reduced in [W, *iterates(W, H, cfg)]:
-        now = proxy_loss(W, reduced, normal) / 2 + cfg.alpha * float(reduced.abs().amax(1).double().sum())
-        worst = worst if last is None else max(worst, now / last - 1)
-        last = now
-    return worst
-
-
-def output_change_within_bound(ctx) -> float:
-    """Largest ratio of |X(w* - w0)| to its bound sqrt(2 alpha max|w0|), over channels, sigma_max(X) = 1."""
-    worst = 0.0
-    for name in _LAYERS:
-        W, H, _ = ctx.layer(name)
-        cfg = Config(n_iters=40)
-        E = (reduce_magnitude(W, H, cfg) - W).double()
-        change = ((E @ (H / torch.linalg.eigvalsh(H)[-1]).double()) * E).sum(1)
-        worst = max(worst, float((change / (2 * cfg.alpha * W.abs().amax(1))).max().sqrt()))
-    return worst
-
-
-def sweeps_never_raise(ctx) -> float:
-    """Largest relative rise of the damped objective over five sweeps of coordinate descent after OPTQ, at 2 bits."""
-    W, H, _ = ctx.layer(_LAYERS[1])
-    cfg = Config(n_iters=20)
-    losses = [
-        proxy_loss(W, quantize_weight(W, H, replace(cfg, cd_sweeps=n)), damped(H, cfg.cd_damp_ratio))
-        for n in range(6)
-    ]
-    return max(after / before - 1 for before, after in pairwise(losses))
-
-
-def cost_without_rounding(ctx) -> float:
-    """Nats that preprocessing alone adds to the loss of the reference model (Table 1)."""
-    runs = (("magr", {"quantizer": "none", "n_iters": 30}), ("none", {}))
-    reduced, plain = (ctx.run(impl, config, calib=(16, 256)).nll for impl, config in runs)
-    return reduced - plain
-
-
-def peaks(ctx) -> list[dict]:
-    """Mean over channels of max|w| after MagR, as a share of that before; the worst of three layers."""
-    ratios = []
-    for name in _LAYERS:
-        W, H, _ = ctx.layer(name)
-        ratios.append(float(reduce_magnitude(W, H, Config()).abs().amax(1).mean() / W.abs().amax(1).mean()))
-    rows = {"after": max(ratios), "half": 0.5, "before": 1.0}
-    return [{"name": name, "value": value} for name, value in rows.items()]
-
-
-def layer_errors(ctx) -> list[dict]:
-    """tr(E H E^T) of E = Q - W, summed over two layers, as a share of that without the step in question.
-
-    At 3 bits MagR before either quantizer, on full min-max ranges; at 2 bits ten sweeps of descent after OPTQ.
-    """
-    pairs = {
-        "magr_rtn": (Config(3, quantizer="rtn", beta=1.0), {"n_iters": 0}),
-        "magr_optq": (Config(3, beta=1.0), {"n_iters": 0}),
-        "descent_w2": (Config(2, cd_sweeps=10), {"cd_sweeps": 0}),
-    }
-    layers = [ctx.layer(name) for name in _LAYERS[:2]]
-
-    def error(cfg: Config) -> float:
-        return sum(
-            proxy_loss(W, quantize_weight(W, H, cfg), H) / proxy_loss(W, 0 * W, H) for W, H, _ in layers
-        )
-
-    rows = {row: error(cfg) / error(replace(cfg, **without)) for row, (cfg, without) in pairs.items()}
-    return [{"name": name, "value": value} for name, value in (rows | {"without": 1.0}).items()]

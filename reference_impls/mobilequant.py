@@ -11,7 +11,6 @@ Deviates  input of the softmax and weights of norms, 16-bit integers in the pape
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -196,7 +195,7 @@ def learn(stack: Sequence[MobileBlock], inputs: Tensor, targets: Tensor, cfg: Co
 
 
 @torch.no_grad()
-def _outputs(stack: Sequence[Block | MobileBlock], x: Tensor) -> Tensor:
+def outputs_of(stack: Sequence[Block | MobileBlock], x: Tensor) -> Tensor:
     """What a stack makes of x, in batches of 8 samples."""
     for each in stack:
         x = torch.cat([each.forward(batch) for batch in x.split(8)])
@@ -216,7 +215,7 @@ def prepare(
     twins = [replace(b, module=module) for b, module in zip(blocks, decoder_blocks(model), strict=True)]
     learners = [MobileBlock(block, model.config, cfg) for block in twins]
     ranges = simulate(model, cfg)
-    _outputs(twins, inputs)
+    outputs_of(twins, inputs)
     for each in ranges:
         each.settle()
     return model, learners, blocks, inputs
@@ -243,9 +242,9 @@ def fit(learners: list[MobileBlock], blocks: list[Block], inputs: Tensor, cfg: C
     """Learn all blocks at once or, unless end_to_end, one after the other on outputs of the rounded ones before."""
     size, original = len(blocks) if cfg.end_to_end else 1, inputs
     for span in (slice(i, i + size) for i in range(0, len(blocks), size) if cfg.epochs):
-        original = _outputs(blocks[span], original)
+        original = outputs_of(blocks[span], original)
         learn(learners[span], inputs, original, cfg)
-        inputs = _outputs(learners[span], inputs)
+        inputs = outputs_of(learners[span], inputs)
 
 
 # --- one layer ------------------------------------------------------------------------------------------------------
@@ -277,44 +276,3 @@ def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
     """b + (16 + b)/(d_out d_in), or (16 + b)/d_in per channel; two numbers for each activation are not counted."""
     size = d_out * d_in if cfg.w_granularity == "per_tensor" else d_in
     return _quant.affine_bits(cfg.w_bits, size, d_in, cfg.symmetric)
-
-
-# --- invariants and findings named in papers/mobilequant.yaml -------------------------------------------------------
-
-
-@torch.no_grad()
-def transforms_keep_the_function(ctx) -> float:
-    """Change of the last hidden state by random scales everywhere, as a share of its largest; nothing is rounded."""
-    _, learners, blocks, inputs = prepare(ctx.reference("reference-outlier"), ctx.calib(2, 64), Config())
-    generator, x = torch.Generator().manual_seed(0), inputs
-    for learner in learners:
-        for s in learner.scales.values():
-            s.copy_((torch.randn(s.shape, generator=generator) / 2).exp())
-        for module in learner.block.module.modules():
-            module.observing = True  # of a StaticRange: it lets everything pass
-        x = learner.block.forward(x, learner.transformed().tensors)
-    expected = _outputs(blocks, inputs)
-    return float((x - expected).abs().max() / expected.abs().max())
-
-
-def sixteen_bits_are_enough(ctx) -> float:
-    """Relative error of the logits when weights and all activations have 16 bits and whole ranges, untrained."""
-    model, tokens = ctx.reference(), ctx.calib(4, 64)
-    cfg = Config(w_bits=16, a_bits=16, clip_init=math.inf, epochs=0)
-    with torch.no_grad():
-        plain, rounded = (net(tokens).logits for net in (model, quantize(model, tokens, cfg)))
-    return float((rounded - plain).norm() / plain.norm())
-
-
-def hidden_state_error(ctx) -> list[dict]:
-    """Squared error of the last hidden state on test tokens at W4A8 after 32 steps, in units of its value before."""
-    rows, tokens = [{"name": "before", "value": 1.0}], ctx.test_windows(8)[:, :128]
-    for name, whole in (("end_to_end", True), ("blockwise", False)):
-        cfg = Config(w_bits=4, w_granularity="per_channel", epochs=4, end_to_end=whole)
-        model, learners, blocks, inputs = prepare(ctx.reference(), ctx.calib(8, 128), cfg)
-        x = model.get_input_embeddings()(tokens)
-        target, before = _outputs(blocks, x), _outputs(learners, x)
-        fit(learners, blocks, inputs, cfg)
-        errors = [float((y - target).square().mean()) for y in (before, _outputs(learners, x))]
-        rows.append({"name": name, "value": errors[1] / errors[0]})
-    return rows

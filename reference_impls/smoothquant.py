@@ -74,7 +74,9 @@ class Config:
 
 
 @torch.no_grad()
-def _observe(model: nn.Module, calib: Tensor, see: Callable[[nn.Linear, Tensor, Tensor], None]) -> None:
+def observe_linears(
+    model: nn.Module, calib: Tensor, see: Callable[[nn.Linear, Tensor, Tensor], None]
+) -> None:
     """Run the decoder on calib and call see(linear, X [n_tokens, d_in], Y [n_tokens, d_out]) for each block linear."""
 
     def hook(linear: nn.Linear, args: tuple, output: Tensor) -> None:
@@ -98,7 +100,7 @@ def channel_peaks(model: nn.Module, calib: Tensor) -> dict[nn.Linear, Tensor]:
         peak = X.abs().amax(0).float()
         peaks[linear] = torch.maximum(peaks[linear], peak) if linear in peaks else peak
 
-    _observe(model, calib, see)
+    observe_linears(model, calib, see)
     return peaks
 
 
@@ -117,7 +119,7 @@ def static_scales(model: nn.Module, calib: Tensor, cfg: Config) -> dict[nn.Linea
         peak = ranked[int(cfg.static_clip_ratio * len(ranked))]
         return peak.clamp(min=_FLOOR) / (2 ** (cfg.a_bits - 1) - 1)
 
-    _observe(model, calib, see)
+    observe_linears(model, calib, see)
     return {linear: tuple(scale(side) for side in zip(*seen, strict=True)) for linear, seen in peaks.items()}
 
 
@@ -161,7 +163,7 @@ def smooth(model: nn.Module, calib: Tensor, alpha: float) -> nn.Module:
 # --- quantization -----------------------------------------------------------------------------------------------------
 
 
-def _weight_scale(W: Tensor, cfg: Config) -> Tensor:
+def weight_scale(W: Tensor, cfg: Config) -> Tensor:
     """absmax / (2^(b-1) - 1) in stored precision: [1, 1], or [d_out, 1] per channel."""
     scale = _quant.absmax_scale(W, cfg.w_bits, per_tensor=cfg.w_granularity == "per_tensor")
     return _quant.stored_scale(scale, cfg.w_bits)
@@ -169,10 +171,10 @@ def _weight_scale(W: Tensor, cfg: Config) -> Tensor:
 
 def quantize_weight(W: Tensor, H: Tensor | None, cfg: Config) -> Tensor:
     """Round W [d_out, d_in] (already smoothed) on a signed symmetric grid; H is ignored. Dequantized, same shape."""
-    return _quant.absmax_fake_quant(W, cfg.w_bits, _weight_scale(W, cfg))
+    return _quant.absmax_fake_quant(W, cfg.w_bits, weight_scale(W, cfg))
 
 
-def _rounding(cfg: Config, scale: Tensor | None) -> Callable[[Tensor], Tensor]:
+def activation_rounding(cfg: Config, scale: Tensor | None) -> Callable[[Tensor], Tensor]:
     if scale is not None:
         return partial(_quant.absmax_fake_quant, bits=cfg.a_bits, scale=scale)
     return partial(_quant.absmax_fake_quant, bits=cfg.a_bits, per_tensor=cfg.a_granularity == "per_tensor")
@@ -194,14 +196,14 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
         for name, linear in named_linears(parts.block).items():
             linear.weight.copy_(quantize_weight(linear.weight.float(), None, cfg))
             scale_in, scale_out = static.get(linear, (None, None))
-            after = _rounding(cfg, scale_out) if linear in bmm_inputs else None
-            replace_module(parts.block, name, QuantInput(linear, _rounding(cfg, scale_in), after))
+            after = activation_rounding(cfg, scale_out) if linear in bmm_inputs else None
+            replace_module(parts.block, name, QuantInput(linear, activation_rounding(cfg, scale_in), after))
     return model
 
 
 def pack_weight(W: Tensor, H: Tensor | None, cfg: Config) -> dict[str, Tensor]:
     """The tensors stored for one layer: packed codes and float16 scales; smoothing lives in W and the norm's gain."""
-    scale, middle = _weight_scale(W, cfg), 2 ** (cfg.w_bits - 1)
+    scale, middle = weight_scale(W, cfg), 2 ** (cfg.w_bits - 1)
     codes = (W / scale).round().clamp(1 - middle, middle - 1) + middle
     return _quant.pack_affine(codes[:, None], scale[:, None], torch.empty(0), cfg.w_bits, symmetric=True)
 
@@ -215,130 +217,3 @@ def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
     """b + 16/(d_out d_in), or b + 16/d_in per channel; static activation scales, two a layer, are not counted."""
     scale_bits = 16 if cfg.w_bits <= 8 else 32
     return cfg.w_bits + scale_bits / (d_in if cfg.w_granularity == "per_channel" else d_out * d_in)
-
-
-# --- invariants and findings named in papers/smoothquant.yaml ---------------------------------------------------------
-
-
-def _norm_fed(model: nn.Module) -> list[list[nn.Linear]]:
-    """The groups of linears that smoothing reaches, first block to last."""
-    return [linears for parts in block_anatomies(model) for _norm, linears in parts.norm_groups]
-
-
-def _out_of_reach(model: nn.Module) -> list[list[nn.Linear]]:
-    """The linears whose input comes from no norm."""
-    return [[linear] for parts in block_anatomies(model) for linear in (parts.o, parts.down)]
-
-
-def smoothing_keeps_the_function(ctx) -> float:
-    """Largest change of a logit by smoothing alone, as a share of the largest logit (Eq. 3)."""
-    model, tokens = ctx.reference("reference-outlier"), ctx.calib(8)
-    with torch.no_grad():
-        plain, smoothed = (net(tokens[:2]).logits for net in (model, smooth(model, tokens, 0.5)))
-    return float((plain - smoothed).abs().max() / plain.abs().max())
-
-
-def half_equalizes_the_maxima(ctx) -> float:
-    """At alpha 0.5, largest relative difference of max|X_j| and max|W_j| after smoothing, over all channels."""
-    tokens, worst = ctx.calib(8), 0.0
-    model = smooth(ctx.reference("reference-outlier"), tokens, 0.5)
-    peaks = channel_peaks(model, tokens)
-    for linears in _norm_fed(model):
-        weight_peak = torch.cat([linear.weight for linear in linears]).abs().amax(0)
-        worst = max(worst, float((peaks[linears[0]] / weight_peak - 1).abs().max()))
-    return worst
-
-
-def one_flattens_the_activations(ctx) -> float:
-    """At alpha 1, largest distance of max|X_j| from 1 on the calibration tokens."""
-    tokens = ctx.calib(8)
-    model = smooth(ctx.reference("reference-outlier"), tokens, 1.0)
-    peaks = channel_peaks(model, tokens)
-    return max(float((peaks[linears[0]] - 1).abs().max()) for linears in _norm_fed(model))
-
-
-def integers_give_the_same_product(ctx) -> float:
-    """Relative difference of the integer product times both scales and the fake-quantized product (Eq. 2)."""
-    W, _, X = ctx.layer("model.layers.1.self_attn.o_proj", n_tokens=1024)
-    cfg = Config(w_granularity="per_channel", a_granularity="per_token")
-    fake = _rounding(cfg, None)(X) @ quantize_weight(W, None, cfg).T
-    scales = _quant.absmax_scale(X, cfg.a_bits), _weight_scale(W, cfg)
-    X_int, W_int = (
-        (t / scale).round().to(torch.int8).to(torch.int32) for t, scale in zip((X, W), scales, strict=True)
-    )
-    exact = (X_int @ W_int.T).double() * scales[0].double() * scales[1].double().T
-    return float((fake - exact).abs().max() / exact.abs().max())
-
-
-def static_codes_are_clamped(ctx) -> float:
-    """Largest |code| under a static scale a quarter of what the tensor needs; four times 127 if nothing clamps."""
-    _, _, X = ctx.layer("model.layers.1.self_attn.o_proj", n_tokens=1024)
-    scale = X.abs().max() / 127 / 4
-    return float((_rounding(Config(), scale)(X) / scale).round().abs().max())
-
-
-def _inputs(model: nn.Module, tokens: Tensor) -> dict[nn.Linear, Tensor]:
-    """X [n_samples, seqlen, d_in] of every linear of the blocks."""
-    seen: dict[nn.Linear, list[Tensor]] = {}
-    _observe(model, tokens, lambda linear, X, _Y: seen.setdefault(linear, []).append(X))
-    return {linear: torch.cat(batches).unflatten(0, tokens.shape) for linear, batches in seen.items()}
-
-
-def _product_error(X: Tensor, weights: Sequence[Tensor], weights_too: bool) -> float:
-    """Mean over the matrices W that read X of ||Q(X) Q(W)^T - X W^T||^2 / ||X W^T||^2 at O2; or with Q(W) = W."""
-    cfg, errors = Config(a_granularity="per_tensor"), []
-    rounded = _rounding(cfg, None)(X)
-    for W in weights:
-        exact = X @ W.T
-        error = rounded @ (quantize_weight(W, None, cfg) if weights_too else W).T - exact
-        errors.append(float(error.square().sum() / exact.square().sum()))
-    return sum(errors) / len(errors)
-
-
-def alpha_sweep(ctx) -> list[dict]:
-    """Product error after smoothing in units of its value at alpha 0.5, mean over the norm-fed groups.
-
-    Inputs are those of reference-outlier. Its weight columns at outlier channels are small by the outliers' factor;
-    rows named bare_* take the columns of reference instead, which are ordinary, as in large models.
-    """
-    tokens, model, rows = ctx.calib(4), ctx.reference("reference-outlier"), []
-    inputs = _inputs(model, tokens)
-    for prefix, owner in (("", model), ("bare_", ctx.reference())):
-        errors: dict[float | None, float] = dict.fromkeys((0.5, 0.0, 1.0, None), 0.0)
-        for linears, owners in zip(_norm_fed(model), _norm_fed(owner), strict=True):
-            X, weights = inputs[linears[0]], [linear.weight for linear in owners]
-            for alpha in errors:
-                s = (
-                    torch.ones(())
-                    if alpha is None
-                    else smoothing_factors(X.abs().amax((0, 1)), weights, alpha)
-                )
-                errors[alpha] += _product_error(X / s, [W * s for W in weights], True)
-        half, zero, one, none = (error / errors[0.5] for error in errors.values())
-        values = {"half": half, "nearer_end": min(zero, one), "zero": zero, "one": one, "no_smoothing": none}
-        rows += [{"name": prefix + name, "value": value} for name, value in values.items()]
-    return rows
-
-
-def reach_of_smoothing(ctx) -> list[dict]:
-    """Where inputs are rounded badly, and what smoothing changes there; only inputs are rounded, at O2.
-
-    left_*   product error after smoothing as a share of the error before, on reference-outlier
-    plain_*  share of each kind of input in the product error of the reference model as trained
-    """
-    tokens, plain, outlier = ctx.calib(4), ctx.reference(), ctx.reference("reference-outlier")
-    smoothed, errors = smooth(outlier, tokens, 0.5), {}
-    for model in (plain, outlier, smoothed):
-        inputs = _inputs(model, tokens)
-        for find in (_norm_fed, _out_of_reach):
-            groups = find(model)
-            total = sum(
-                _product_error(inputs[group[0]], [l.weight for l in group], False) for group in groups
-            )
-            errors[model, find] = total / len(groups)
-    rows = []
-    for name, find in (("norm_fed", _norm_fed), ("o_and_down", _out_of_reach)):
-        share = errors[plain, find] / (errors[plain, _norm_fed] + errors[plain, _out_of_reach])
-        rows.append({"name": f"left_{name}", "value": errors[smoothed, find] / errors[outlier, find]})
-        rows.append({"name": f"plain_{name}", "value": share})
-    return rows

@@ -43,7 +43,7 @@ from requant.reference_impls._rotation import (
     same_function,
     stream_ends,
 )
-from requant.reference_impls._stiefel import CayleySGD, orthonormalized, skew_direction
+from requant.reference_impls._stiefel import CayleySGD, orthonormalized
 from requant.reference_impls._walk import (
     UnsupportedModelError,
     check_calib,
@@ -305,92 +305,3 @@ def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
 def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
     """b + 16/g; learned rotations are folded, fixed ones constructed, so they store nothing."""
     return quarot.bits_per_weight(d_out, d_in, _as_quarot(cfg))
-
-
-# --- invariants and findings named in papers/spinquant.yaml ---------------------------------------------------------
-
-
-def rotation_keeps_logits(ctx) -> float:
-    """Largest change of a logit by random orthogonal R1 and R2, as learned from and as merged, nothing rounded."""
-    model, tokens = ctx.reference("reference-outlier"), ctx.test_windows(2)
-    cfg = Config(a_bits=None, kv_bits=None, init="orthogonal")
-    with torch.no_grad():
-        plain, merged = model(tokens).logits, rotate(model, initial_rotations(model, cfg), cfg)(tokens).logits
-        learned = Learner(model, cfg).logits(tokens)
-    return max(float((logits - plain).abs().max()) for logits in (merged, learned))
-
-
-_learned: dict[int, tuple] = {}  # seed -> what `_learning` returns
-
-
-def _learning(ctx) -> tuple[Rotations, float, Tensor, Config]:
-    """The learning of the ordering claim: rotations, largest |R R^T - I| after any step, samples and config."""
-    worst = 0.0
-
-    def watch(learned: list[Tensor]) -> None:
-        nonlocal worst
-        worst = max(worst, *(float((R @ R.T - torch.eye(len(R))).abs().max()) for R in learned))
-
-    if ctx.seed not in _learned:
-        calib = ctx.calib(32)
-        cfg = Config(rounding="rtn", clip_search=False, learn_w_bits=4, steps=12, batch_size=2, seed=ctx.seed)
-        rotations = learn_rotations(ctx.reference("reference-outlier"), calib, cfg, watch)
-        _learned[ctx.seed] = rotations, worst, calib, cfg
-    return _learned[ctx.seed]
-
-
-def stays_on_the_manifold(ctx) -> float:
-    """Largest entry of |R R^T - I| over all rotations and all steps of one learning."""
-    return _learning(ctx)[1]
-
-
-def iteration_is_the_cayley_transform(ctx) -> float:
-    """Largest difference of a step and (I - a/2 W)^-1 (I + a/2 W) R^T, on a loss that punishes large values."""
-    generator = torch.Generator().manual_seed(ctx.seed)
-    X = torch.randn(256, 64, generator=generator) * (1 + 20 * (torch.arange(64) % 16 == 0))
-    R = nn.Parameter(random_orthogonal(64, generator).float())
-    (X @ R).pow(4).mean().backward()
-    before = R.detach().clone()
-    W = skew_direction(before, R.grad)
-    half = min(1.5, 1.0 / float(W.abs().sum(0).max())) / 2 * W
-    exact = torch.linalg.solve(torch.eye(64) - half, (torch.eye(64) + half) @ before.T).T
-    CayleySGD([R], lr=1.5, qr_chance=0.0).step()
-    return float((R.detach() - exact).abs().max())
-
-
-def flat_without_quantization(ctx) -> float:
-    """Size of the loss's gradient along the manifold with nothing rounded, as a share of that of the 4-bit network."""
-    model, tokens, sizes = ctx.reference(), ctx.calib(1), []
-    for cfg in (Config(a_bits=None, kv_bits=None), Config()):
-        learner = Learner(model, cfg)
-        learner.loss(tokens).backward()
-        sizes.append(sum(float(skew_direction(R.detach(), R.grad).norm()) for R in (learner.R1, *learner.R2)))
-    return sizes[0] / sizes[1]
-
-
-def loss_of_the_samples_learned_from(ctx) -> list[dict]:
-    """Nats of the 4-bit network on the 32 samples it learned from, before and after."""
-    model = ctx.reference("reference-outlier")
-    learned, _, calib, cfg = _learning(ctx)
-    rows = []
-    for name, chosen in (("before", initial_rotations(model, cfg)), ("after", learned)):
-        rounded = quantize_linears(rotate(model, chosen, cfg), partial(quantize_weight, cfg=cfg))
-        quantize_flow(rounded, cfg)
-        with torch.no_grad():
-            rows.append({"name": name, "value": float(next_token_loss(rounded(calib).logits, calib))})
-    return rows
-
-
-def spread_over_rotations(ctx) -> list[dict]:
-    """Largest minus smallest loss in nats on 6 test windows over four random orthogonal rotations."""
-    model, tokens, rows = ctx.reference("reference-outlier"), ctx.test_windows(6), []
-    for name, cfg in (("rounded", Config()), ("not_rounded", Config(a_bits=None, kv_bits=None))):
-        losses = []
-        for seed in range(4):
-            start = initial_rotations(model, replace(cfg, init="orthogonal", seed=seed))
-            rotated = rotate(model, start, cfg)
-            quantize_flow(rotated, cfg)
-            with torch.no_grad():
-                losses.append(float(next_token_loss(rotated(tokens).logits, tokens)))
-        rows.append({"name": name, "value": max(losses) - min(losses)})
-    return rows

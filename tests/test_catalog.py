@@ -134,6 +134,30 @@ def test_superseding_in_a_circle(toy_folder):
     assert "toy_rounding -> toy_followup -> toy_rounding" in str(catalog.failed["toy_rounding"])
 
 
+def test_functions_of_claims_stand_in_one_file(toy_folder):
+    """Where evidence/ has a module of the method's name, its claims find no function anywhere else."""
+    module = toy_folder.parent / "reference_impls" / "toy_rounding.py"
+    evidence = module.parent / "evidence" / module.name
+    text = evidence.read_text(encoding="utf-8")
+    evidence.write_text(text.replace("def identity_error", "def other"), encoding="utf-8")
+    module.write_text("def identity_error(ctx):\n    return 0.0\n", encoding="utf-8")
+    catalog = load_catalog(toy_folder)
+    assert set(catalog.failed) == {"toy_rounding", "toy_followup"}
+    error = catalog.failed["toy_followup"]
+    assert error.message == "is not a function in reference_impls/evidence/toy_rounding.py"
+    evidence.unlink()
+    module.write_text(text, encoding="utf-8")
+    assert not load_catalog(toy_folder).errors
+
+
+def test_unfinished_evidence_is_named(toy_folder):
+    evidence = toy_folder.parent / "reference_impls" / "evidence" / "toy_rounding.py"
+    evidence.write_text(f"# one\n# TODO(you)\n{evidence.read_text()}", encoding="utf-8")
+    error = load_catalog(toy_folder).failed["toy_rounding"]
+    message = "reference_impls/evidence/toy_rounding.py still says TODO(you) on line 2"
+    assert (error.field, error.message) == ("impl", message)
+
+
 @pytest.mark.parametrize("kind", ["tags", "venues", "models", "datasets", "calibrations"])
 def test_vocabulary_is_described(kind):
     terms = getattr(load_vocab(), kind)

@@ -40,6 +40,13 @@ def test_orphans_fail_both_ways(toy_folder):
     assert "reference_impls/toy_lonely.py: no entry names this module" in result.stdout
 
 
+def test_evidence_on_no_method_is_an_error(toy_folder):
+    (toy_folder.parent / "reference_impls" / "evidence" / "toy_gone.py").write_text("", encoding="utf-8")
+    result = run("check", "--papers", toy_folder)
+    assert result.exit_code == 1
+    assert "evidence/toy_gone.py: there is no method toy_gone.py beside this folder" in result.stdout
+
+
 def test_check_writes_records(toy_folder, tmp_path):
     target = tmp_path / "records.json"
     assert run("check", "--papers", toy_folder, "--json", target).exit_code == 0
@@ -105,7 +112,7 @@ def test_filled_in_template_passes_but_for_the_module(toy_folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["../x", "/tmp/x", "Upper", "1st", "a-b", "", "none", "a" * 65, "a\n", "über"]
+    "name", ["../x", "/tmp/x", "Upper", "1st", "a-b", "", "none", "evidence", "a" * 65, "a\n", "über"]
 )
 def test_new_refuses_bad_ids(toy_folder, name):
     before = sorted(toy_folder.parent.rglob("*"))

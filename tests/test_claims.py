@@ -106,6 +106,16 @@ def test_invariant_that_is_not_finite_is_contradicted(
     json.dumps(ledger.record(result), allow_nan=False)
 
 
+@pytest.mark.parametrize("name", ["rtn", "quip"])
+def test_functions_come_from_the_evidence_where_there_is_one(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = "requant.reference_impls." + {"rtn": "rtn", "quip": "evidence.quip"}[name]
+    monkeypatch.setattr(f"{place}.made_up", lambda ctx: 0.5, raising=False)
+    claim = InvariantClaim(id="made_up", kind="invariant", function="made_up", bound=1.0, **COMMON)
+    assert measure(load_catalog().papers[name], claim).measured == 0.5
+
+
 def test_finding_is_judged_by_its_rows(rtn: Paper, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"name": "a", "value": 1.0}, {"name": "b", "value": 2.0}]
     monkeypatch.setattr(claims.load_impl("rtn"), "made_up_rows", lambda ctx: rows, raising=False)

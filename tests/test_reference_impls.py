@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from requant.catalog.context import load_impl
+from requant.catalog.context import load_evidence, load_impl
 from requant.catalog.loader import load_catalog
 from requant.reference_impls._quant import QuantizationError, storage_bits
 
@@ -188,6 +188,25 @@ def test_docstring_cites_its_source(name: str) -> None:
     assert f"papers/{name}.yaml" in text
     assert arxiv is None or f"arXiv:{arxiv}v" in text, "cite the arXiv id with its version"
     assert re.search(r"\b(Eq|Sec|Alg|Algorithm|Table|App)\b\.? ?[A-Z0-9]", inspect.getsource(MODULES[name]))
+
+
+@pytest.mark.parametrize("name", IMPLS)
+def test_a_long_module_leaves_its_evidence_to_another_file(name: str) -> None:
+    """And no method depends on evidence, so that changing what a claim measures changes no method."""
+    source = inspect.getsource(MODULES[name])
+    apart = load_evidence(name) is not MODULES[name]
+    named = any(getattr(claim, "function", None) for claim in ENTRIES[name].claims)
+    assert apart or not named or source.count("\n") <= 250, f"move them to reference_impls/evidence/{name}.py"
+    assert "reference_impls.evidence" not in source
+    if apart:
+        taken = re.findall(
+            r"^from requant\.reference_impls\.[a-z][\w.]* import (?:\(([^)]*)\)|(.*))",
+            inspect.getsource(load_evidence(name)),
+            re.MULTILINE,
+        )
+        names = re.findall(r"\w+", " ".join(map("".join, taken)))
+        assert names and not [one for one in names if one.startswith("_")], "make what it needs public"
+        assert f"papers/{name}.yaml" in (load_evidence(name).__doc__ or "")
 
 
 @pytest.mark.parametrize("name", IMPLS)

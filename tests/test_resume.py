@@ -123,6 +123,22 @@ def test_the_key_depends_on_what_decides_the_number(monkeypatch: pytest.MonkeyPa
     assert key() != other_code
 
 
+def test_evidence_decides_the_claims_that_name_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog, real = load_catalog(), resume.source_hash
+    paper = catalog.papers["quip"]
+    assert real("evidence/quip") not in (real("quip"), real("evidence/no_such"))
+    claims = {claim.kind: claim for claim in paper.claims}
+
+    def keys() -> dict[str, str]:
+        return {kind: resume.record_key(paper, claim, catalog.vocab) for kind, claim in claims.items()}
+
+    before = keys()
+    monkeypatch.setattr(resume, "source_hash", lambda one: "new" if one == "evidence/quip" else real(one))
+    after = keys()
+    assert {"invariant", "finding", "ordering", "bits"} <= set(before)
+    assert {kind for kind in before if before[kind] != after[kind]} == {"invariant", "finding"}
+
+
 def test_what_was_not_run_or_has_another_key_is_measured_again(tmp_path: Path) -> None:
     paper = load_catalog().papers["rtn"]
     names = [claim.id for claim in paper.claims][:4]

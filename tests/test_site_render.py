@@ -172,6 +172,14 @@ def test_every_template_escapes_and_misses_no_name() -> None:
         environment().from_string("{{ nothing }}").render()
 
 
+def test_a_page_shows_the_method_and_its_evidence(content: Content) -> None:
+    shown = {page.path: page.markdown() for page in all_pages(content, {})}
+    pages = {name: shown[f"papers/{name}"] for name in ("awq", "rtn")}
+    assert all("Source of the implementation" in page for page in pages.values())
+    assert "reference_impls/evidence/awq.py" in pages["awq"] and "salient_channels" in pages["awq"]
+    assert "Source of the evidence" in pages["awq"] and "Source of the evidence" not in pages["rtn"]
+
+
 def test_plain_text_and_slugs() -> None:
     assert plain('a <b> & "c"\n d') == "a \u2039b\u203a \uff06 \u201dc\u201d d"
     assert len(plain("x" * 500, 100)) == 100

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from requant.catalog.checks import EVIDENCE
 from requant.catalog.entry import Paper
 from requant.catalog.export import bibtex_entry
 from requant.catalog.render.content import Content
@@ -88,6 +89,7 @@ def _implementation(paper: Paper, content: Content) -> Iterator[str]:
         docstring=source.docstring,
         source=source.html,
         lines=source.lines,
+        evidence=module_source(content.impls / EVIDENCE / f"{paper.impl}.py"),
     )
 
 

@@ -1,0 +1,166 @@
+"""Evidence on I-LLM: the integer operators against exact arithmetic, and what smoothing and integers cost.
+
+Entry     papers/i_llm.yaml
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from requant.reference_impls import _dyadic, _learn
+from requant.reference_impls._activation import transform_attention
+from requant.reference_impls._anatomy import block_anatomies
+from requant.reference_impls._dyadic import Dyadic, constant
+from requant.reference_impls._integer_block import DIMatMul, di_clipped_softmax, di_exp, rotary_tables
+from requant.reference_impls._walk import copy_model, walk_blocks
+from requant.reference_impls.i_llm import Config, Smoothing, dequantize, quantize, weight_codes
+from requant.reference_impls.smoothquant import channel_peaks
+
+
+@torch.no_grad()
+def _any_factors(ctx, model: nn.Module) -> Iterator[Smoothing]:
+    """Block by block, FSBR with its initial factors times random ones between 1/2 and 2, at every kind of site."""
+    tokens, generator = ctx.calib(2), torch.Generator().manual_seed(ctx.seed)
+    peaks = channel_peaks(model, tokens)
+    for block in walk_blocks(model, tokens):
+        fsbr = Smoothing(block, model.config, peaks, Config(), quantizers=False)
+        for s in fsbr.factors.values():
+            s *= 2 ** (2 * torch.rand(s.shape, generator=generator) - 1)
+        yield fsbr
+
+
+@torch.no_grad()
+def smoothing_keeps_the_function(ctx) -> float:
+    """Largest change of a logit by all six kinds of factors, without rounding, as a share of the largest logit."""
+    model, tokens = ctx.reference("reference-outlier"), ctx.test_windows(2)
+    plain = model(tokens).logits
+    for fsbr in _any_factors(ctx, model):
+        fsbr.smoothed().write()
+    return float((model(tokens).logits - plain).abs().max() / plain.abs().max())
+
+
+def _integer_input(ctx, name: str, bits: int) -> tuple[Tensor, Dyadic]:
+    W, _, X = ctx.layer(f"model.layers.1.{name}", n_tokens=256)
+    return W, _dyadic.from_float(X[None], bits)
+
+
+def integer_product_is_exact(ctx) -> float:
+    """Largest relative difference between DI-MatMul before requantization and float64, at 4 and 8 bits."""
+    worst = 0.0
+    for bits in (4, 8):
+        for name in ("self_attn.q_proj", "mlp.down_proj"):
+            W, x = _integer_input(ctx, name, bits)
+            weight = weight_codes(W, Config(w_bits=bits, a_bits=bits))
+            y, m, k = DIMatMul(weight, None)(x)
+            expected = x.to_float(torch.float64) @ dequantize(*weight).double().T
+            found = y.double() * torch.ldexp(m.double(), -k.double())
+            worst = max(worst, float((found - expected).abs().max() / expected.abs().max()))
+    return worst
+
+
+def _exponentials(guard_bits: int) -> tuple[Tensor, Tensor]:
+    """Codes 0, -1, ..., -255 of [-15, 0] and what DI-Exp makes of them."""
+    m, k = constant(torch.tensor([15 / 255]))
+    x = -torch.arange(256)
+    return x, di_exp(x, m, k, guard_bits)
+
+
+def error_of_di_exp(ctx) -> float:
+    """Largest |DI-Exp(x) / DI-Exp(0) - exp(x)| over the 256 codes of [-15, 0]; the line alone is off by 0.043."""
+    x, e = _exponentials(Config().guard_bits)
+    return float((e / e[0] - (x * 15 / 255).double().exp()).abs().max())
+
+
+def di_exp_falls_and_halves(ctx) -> float:
+    """Codes at which DI-Exp as printed rises with |x|, or does not halve after DI-Exp(0) steps, rounded down."""
+    _, e = _exponentials(0)
+    steps = int(e[0])
+    return float((e.diff() > 0).sum() + (e[steps:] != e[:-steps] >> 1).sum())
+
+
+def no_float_inside_blocks(ctx) -> float:
+    """Operations of an integer block that return a float, from the codes of its input to those of its output."""
+
+    class Count(TorchDispatchMode):
+        floats = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.floats += any(isinstance(t, Tensor) and t.is_floating_point() for t in tree_leaves(out))
+            return out
+
+    model, cfg = ctx.reference(), Config()
+    block = next(_any_factors(ctx, model)).settle(model.config)
+    x = _integer_input(ctx, "self_attn.q_proj", cfg.residual_bits)[1]
+    angles = torch.arange(256)[None, :, None] / 10000 ** (torch.arange(64) % 32 / 32)
+    tables = rotary_tables(angles.cos(), angles.sin())
+    with torch.no_grad(), Count() as count:
+        y = block.run(x, tables, torch.ones(256, 256, dtype=torch.bool).tril())
+    return count.floats + float(any(t.is_floating_point() for t in (y.codes, y.zero_point, y.m, y.k)))
+
+
+@torch.no_grad()
+def cost_of_integers_at_8_bits(ctx) -> float:
+    """Nats that W8A8 with every operator of the blocks on integers costs on 4 test windows, factors not trained."""
+    model, windows = ctx.reference(), ctx.test_windows(4)
+    quantized = quantize(model, ctx.calib(2), Config(w_bits=8, a_bits=8, kv_bits=8, n_epochs=0))
+    losses = []
+    for network in (quantized, model):
+        logits = network(windows).logits[:, :-1].flatten(0, 1)
+        losses.append(float(nn.functional.cross_entropy(logits, windows[:, 1:].flatten())))
+    return losses[0] - losses[1]
+
+
+def _probabilities(ctx, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """DI-ClippedSoftmax of real scores (a head, no rotary embedding), float probabilities, and who sees whom."""
+    W, _, X = ctx.layer("model.layers.1.self_attn.q_proj", n_tokens=256)
+    keys = X @ ctx.layer("model.layers.1.self_attn.k_proj", n_tokens=256)[0][:64].T
+    scores = (X @ W[:64].T @ keys.T / 8).double()
+    valid, ones = torch.ones(256, 256, dtype=torch.bool).tril(), torch.ones(256, 1, dtype=torch.int64)
+    integers = ((scores * 2**20).round().long(), 128 * ones, 27 * ones)
+    return di_clipped_softmax(integers, valid, cfg), scores.masked_fill(~valid, -torch.inf).softmax(-1), valid
+
+
+def softmax_rows_sum_to_one(ctx) -> float:
+    """Largest |row sum - 128| of 8-bit probabilities, in units of half a step for each position that is seen."""
+    p, _, valid = _probabilities(ctx, Config())
+    return float(((p.sum(-1) - 128).abs() / (valid.sum(-1) / 2)).max() + p.masked_fill(valid, 0).abs().max())
+
+
+def softmax_errors(ctx) -> list[dict]:
+    """Half the summed |difference| to float probabilities, mean over rows: c = 3 and 15, no clip, no guard bits."""
+    variants = {
+        "c15": {},
+        "c3": {"softmax_clip": 3},
+        "unclipped": {"softmax_clip": None},
+        "as_printed": {"guard_bits": 0},
+    }
+    rows = []
+    for name, over in variants.items():
+        p, exact, _ = _probabilities(ctx, Config(**over))
+        rows.append({"name": name, "value": float((p / 128 - exact).abs().sum(-1).mean() / 2)})
+    return rows
+
+
+def reconstruction_errors(ctx) -> list[dict]:
+    """Output error of the first block on 4 samples FSBR did not see, after 4 epochs over 8 others; initially 1."""
+    model, calib = copy_model(ctx.reference("reference-outlier")), ctx.calib(12)
+    peaks = channel_peaks(model, calib[:8])
+    transform_attention(model, block_anatomies(model)[0].attn, lambda q, k, v: (q, k, v))
+    block = next(walk_blocks(model, calib, propagate="both"))
+    (X, Y), fsbr = (
+        (torch.cat(t) for t in (block.inputs, block.targets)),
+        Smoothing(block, model.config, peaks, Config(n_epochs=4)),
+    )
+    unseen = replace(block, inputs=[X[8:]], targets=[Y[8:]])
+    block.inputs, block.targets = [X[:8]], [Y[:8]]
+    before = _learn.output_error(unseen, fsbr.rounded())
+    fsbr.train_block(torch.Generator().manual_seed(ctx.seed))
+    trained = _learn.output_error(unseen, fsbr.rounded()) / before
+    return [{"name": "trained", "value": trained}, {"name": "initial", "value": 1.0}]

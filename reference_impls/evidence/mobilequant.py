@@ -1,0 +1,50 @@
+"""Evidence on MobileQuant: transforms change no output, wide grids are exact, what training the ranges gains.
+
+Entry     papers/mobilequant.yaml
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from requant.reference_impls.mobilequant import Config, fit, outputs_of, prepare, quantize
+
+
+@torch.no_grad()
+def transforms_keep_the_function(ctx) -> float:
+    """Change of the last hidden state by random scales everywhere, as a share of its largest; nothing is rounded."""
+    _, learners, blocks, inputs = prepare(ctx.reference("reference-outlier"), ctx.calib(2, 64), Config())
+    generator, x = torch.Generator().manual_seed(0), inputs
+    for learner in learners:
+        for s in learner.scales.values():
+            s.copy_((torch.randn(s.shape, generator=generator) / 2).exp())
+        for module in learner.block.module.modules():
+            module.observing = True  # of a StaticRange: it lets everything pass
+        x = learner.block.forward(x, learner.transformed().tensors)
+    expected = outputs_of(blocks, inputs)
+    return float((x - expected).abs().max() / expected.abs().max())
+
+
+def sixteen_bits_are_enough(ctx) -> float:
+    """Relative error of the logits when weights and all activations have 16 bits and whole ranges, untrained."""
+    model, tokens = ctx.reference(), ctx.calib(4, 64)
+    cfg = Config(w_bits=16, a_bits=16, clip_init=math.inf, epochs=0)
+    with torch.no_grad():
+        plain, rounded = (net(tokens).logits for net in (model, quantize(model, tokens, cfg)))
+    return float((rounded - plain).norm() / plain.norm())
+
+
+def hidden_state_error(ctx) -> list[dict]:
+    """Squared error of the last hidden state on test tokens at W4A8 after 32 steps, in units of its value before."""
+    rows, tokens = [{"name": "before", "value": 1.0}], ctx.test_windows(8)[:, :128]
+    for name, whole in (("end_to_end", True), ("blockwise", False)):
+        cfg = Config(w_bits=4, w_granularity="per_channel", epochs=4, end_to_end=whole)
+        model, learners, blocks, inputs = prepare(ctx.reference(), ctx.calib(8, 128), cfg)
+        x = model.get_input_embeddings()(tokens)
+        target, before = outputs_of(blocks, x), outputs_of(learners, x)
+        fit(learners, blocks, inputs, cfg)
+        errors = [float((y - target).square().mean()) for y in (before, outputs_of(learners, x))]
+        rows.append({"name": name, "value": errors[1] / errors[0]})
+    return rows

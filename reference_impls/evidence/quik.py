@@ -1,0 +1,98 @@
+"""Evidence on QUIK: the integer path against fake quantization, how outliers are kept apart, and errors of layers.
+
+Entry     papers/quik.yaml
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from requant.reference_impls import _quant
+from requant.reference_impls._hessian import proxy_loss
+from requant.reference_impls._outliers import other_columns, top_columns
+from requant.reference_impls.quik import Config, quantize_weight, round_inputs, round_weight
+
+_LAYER = "model.layers.1.self_attn.o_proj"
+
+
+def integer_path_is_fake_quant(ctx) -> float:
+    """Relative difference of the kernel's sum (int32 product, correction, 16-bit part) and the fake-quantized one."""
+    W, H, X = ctx.layer(_LAYER, n_tokens=512)
+    cfg, half = Config(n_outliers=16), 2**3
+    codes, s_w, zero_point, Q = round_weight(W, H, cfg)
+    outliers = top_columns(H.diagonal(), cfg.n_outliers)
+    base = other_columns(outliers, W.shape[1])
+    low, high = (end.unsqueeze(-1) for end in torch.aminmax(X[:, base], dim=-1))
+    s_x = (high.clamp(min=0) - low.clamp(max=0)) / (2**cfg.a_bits - 1)
+    zero_x = (-low.clamp(max=0) / s_x).round()
+    X_int = (_quant.quantize(X[:, base], s_x, zero_x, cfg.a_bits) - half).to(torch.int8).to(torch.int32)
+    W_int = (codes - zero_point).to(torch.int8).to(torch.int32)
+    row_sums = (W_int * s_w.double()).sum(1)
+    exact = (X_int @ W_int.T).double() * s_x.double() * s_w.double().T
+    exact += (half - zero_x.double()) * s_x.double() * row_sums + (X[:, outliers] @ Q[:, outliers].T).double()
+    fake = round_inputs(X, cfg.a_bits, base) @ Q.T
+    return float((fake - exact).abs().max() / exact.abs().max())
+
+
+def all_outliers_change_nothing(ctx) -> float:
+    """Largest change of a weight, relative to the largest, if every feature is an outlier: float16 rounding is left."""
+    W, H, X = ctx.layer(_LAYER, n_tokens=512)
+    Q = quantize_weight(W, H, Config(n_outliers=W.shape[1]))
+    same_inputs = round_inputs(X, 4, other_columns(torch.arange(W.shape[1]), W.shape[1]))
+    return float((Q - W).abs().max() / W.abs().max() + (same_inputs - X).abs().max())
+
+
+def scale_ignores_outlier_columns(ctx) -> float:
+    """Largest change of a row's scale when its outlier columns grow a hundredfold, with and without clipping."""
+    W, H, _ = ctx.layer(_LAYER)
+    larger, worst = W.clone(), 0.0
+    larger[:, top_columns(H.diagonal(), 16)] *= 100
+    for clip in (False, True):
+        cfg = Config(n_outliers=16, clip_search=clip)
+        worst = max(worst, float((round_weight(W, H, cfg)[1] - round_weight(larger, H, cfg)[1]).abs().max()))
+    return worst
+
+
+def outlier_features_pass_untouched(ctx) -> float:
+    """Largest change of an outlier feature, or of another one whose token has no outliers, by rounding the inputs."""
+    _, H, X = ctx.layer("model.layers.1.mlp.gate_proj", "reference-outlier", n_tokens=512)
+    outliers = top_columns(H.diagonal(), 16)
+    base = other_columns(outliers, X.shape[1])
+    rounded, alone = round_inputs(X, 4, base), _quant.clipped_fake_quant(X[:, base], 4)
+    return float((rounded[:, outliers] - X[:, outliers]).abs().max() + (rounded[:, base] - alone).abs().max())
+
+
+def _no_flow(W: Tensor, H: Tensor, cfg: Config) -> Tensor:
+    """GPTQ on the base columns alone: what they cannot absorb is lost, outlier columns stay as they were."""
+    outliers = top_columns(H.diagonal(), cfg.n_outliers)
+    base = other_columns(outliers, W.shape[1])
+    Q = W.clone()
+    Q[:, base] = quantize_weight(W[:, base], H[base][:, base], replace(cfg, n_outliers=0))
+    return Q
+
+
+def layer_errors(ctx) -> list[dict]:
+    """tr(E H E^T) at 4 bits and 16 outliers in units of round-to-nearest, mean over the linears of one block.
+
+    quik clips; unclipped does not; no_flow is unclipped with outlier columns that take up no error; rtn has the same
+    outlier columns; no_outliers is unclipped GPTQ of every column.
+    """
+    cfg, values = Config(n_outliers=16, clip_search=False), {}
+    layers = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+    for name in layers:
+        W, H, _ = ctx.layer(f"model.layers.2.{name}", n_tokens=2048)
+        diagonal = torch.diag(H.diagonal())  # nothing to compensate: round-to-nearest on the same grids
+        made = {
+            "quik": quantize_weight(W, H, replace(cfg, clip_search=True)),
+            "unclipped": quantize_weight(W, H, cfg),
+            "no_flow": _no_flow(W, H, cfg),
+            "no_outliers": quantize_weight(W, H, replace(cfg, n_outliers=0)),
+            "rtn": quantize_weight(W, diagonal, cfg),
+        }
+        unit = proxy_loss(W, made["rtn"], H)
+        for key, Q in made.items():
+            values[key] = values.get(key, 0.0) + proxy_loss(W, Q, H) / unit / len(layers)
+    return [{"name": name, "value": value} for name, value in values.items()]
