@@ -1,4 +1,4 @@
-"""Evidence on AffineQuant: transforms change no output, they stay dominant, what they gain over OmniQuant.
+"""Evidence on AffineQuant: matrices change no output and stay dominant, what they gain over OmniQuant.
 
 Entry     papers/affinequant.yaml
 """
