@@ -34,6 +34,7 @@ from requant.reference_impls._walk import (
     decoder_blocks,
     named_linears,
     replace_module,
+    require_whole,
 )
 
 TINY = {"updates": 6, "warmup": 2, "tokens_per_update": 256}  # what the conformance tests run
@@ -256,6 +257,7 @@ def _train(model: nn.Module, tokens: Tensor, cfg: Config) -> None:
 
 def _check(model: nn.Module, calib: Tensor | None, cfg: Config) -> None:
     check_calib(calib)
+    require_whole(model, "bitnet")
     for name, known in (
         ("linear", ("bit", "full", "post")),
         ("norm", ("sub", "pre")),
@@ -292,7 +294,7 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
         bits = _insert(trained, cfg, sub_norm=False)
     for bit in bits:
         bit.freeze()
-    return trained.eval().requires_grad_(False)
+    return trained.eval().requires_grad_(False).to(model.dtype)
 
 
 # --- one matrix -------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from requant.reference_impls._anatomy import anatomy, block_anatomies, require_p
 from requant.reference_impls._equivalence import Site, sites
 from requant.reference_impls._hadamard import hadamard_transform, random_orthogonal
 from requant.reference_impls._quant import QuantizationError
-from requant.reference_impls._walk import Block, check_calib, copy_model, walk_blocks
+from requant.reference_impls._walk import Block, check_calib, copy_model, visit_blocks, walk_blocks
 
 TINY = {"block_size": 32, "max_rotation_step": 8}
 ERROR_FLOOR = 0.05  # rows are clipped at 0.8 of their range
@@ -169,7 +169,7 @@ def _smooth(model: nn.Module, calib: Tensor, alpha: float) -> None:
     """Fold the factors in at both norms, the values and the MLP's inner activation; in place."""
     require_pre_norm(model)
     peaks = smoothquant.channel_peaks(model, calib)
-    for parts in block_anatomies(model):
+    for parts in map(anatomy, visit_blocks(model)):
         places = sites(parts, model.config)
         factors = [_factors(site, peaks[site.linears[0]], alpha) for site in places]
         for site, s in zip(places, factors, strict=True):

@@ -23,6 +23,7 @@ from torch.nn.functional import linear as product
 from requant.reference_impls import _quant
 from requant.reference_impls._activation import QuantInput
 from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._residence import visit
 from requant.reference_impls._rotation import untie_head
 from requant.reference_impls._walk import (
     check_calib,
@@ -342,8 +343,9 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
         for name, linear in linears.items():
             replace_module(block.module, name, seen[name].quantize(linear, cfg))
     name = next(name for name, module in model.named_modules() if module is head)
-    replace_module(model, name, final.quantize(head, cfg))
+    with visit(head):
+        replace_module(model, name, final.quantize(head, cfg))
     if cfg.embedding_bits < 16:
-        embedding = model.get_input_embeddings()
-        embedding.weight.copy_(quantize_embedding(embedding.weight.float(), cfg))
+        with visit(model.get_input_embeddings()) as embedding:
+            embedding.weight.copy_(quantize_embedding(embedding.weight.float(), cfg))
     return model

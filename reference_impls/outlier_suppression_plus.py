@@ -24,7 +24,7 @@ from torch.nn.functional import linear as product
 
 from requant.reference_impls import _quant
 from requant.reference_impls._activation import QuantInput, Shared, transform_attention
-from requant.reference_impls._anatomy import BlockAnatomy, anatomy, block_anatomies, require_pre_norm
+from requant.reference_impls._anatomy import BlockAnatomy, anatomy, require_pre_norm
 from requant.reference_impls._equivalence import Site, sites
 from requant.reference_impls._quant import QuantizationError
 from requant.reference_impls._walk import (
@@ -33,6 +33,7 @@ from requant.reference_impls._walk import (
     check_calib,
     copy_model,
     replace_module,
+    visit_blocks,
     walk_blocks,
 )
 
@@ -347,7 +348,7 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
         found.append(Rounding(cfg, static))
         return found[-1]
 
-    for parts in block_anatomies(model):
+    for parts in map(anatomy, visit_blocks(model)):
         for readers in (parts.qkv, [parts.o], parts.ups, [parts.down] if cfg.quantize_down else []):
             shared = Shared(rounding())
             for linear in readers:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from requant.reference_impls import _quant
 from requant.reference_impls._activation import QuantInput
-from requant.reference_impls._anatomy import block_anatomies, fold_channel_scale, require_pre_norm
+from requant.reference_impls._anatomy import anatomy, fold_channel_scale, require_pre_norm
 from requant.reference_impls._quant import QuantizationError
 from requant.reference_impls._walk import (
     UnsupportedModelError,
@@ -29,6 +29,7 @@ from requant.reference_impls._walk import (
     decoder_blocks,
     named_linears,
     replace_module,
+    visit_blocks,
 )
 
 _FLOOR = 1e-5  # official code: lower clamp of the weight maxima and of s
@@ -149,7 +150,7 @@ def smooth(model: nn.Module, calib: Tensor, alpha: float) -> nn.Module:
     check_calib(calib)
     model = copy_model(model)
     peaks = channel_peaks(model, calib)
-    for parts in block_anatomies(model):
+    for parts in map(anatomy, visit_blocks(model)):
         for norm, linears in parts.norm_groups:
             if getattr(norm, "weight", None) is None:
                 raise UnsupportedModelError(
@@ -191,7 +192,7 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
     if cfg.a_granularity == "per_tensor_static":
         check_calib(calib)
         static = static_scales(model, calib, cfg)  # official code: of the smoothed, unquantized model
-    for parts in block_anatomies(model):
+    for parts in map(anatomy, visit_blocks(model)):
         bmm_inputs = set(parts.qkv if cfg.quantize_bmm_input else ())
         for name, linear in named_linears(parts.block).items():
             linear.weight.copy_(quantize_weight(linear.weight.float(), None, cfg))
