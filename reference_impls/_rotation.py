@@ -149,9 +149,10 @@ def fuse_norms(model: nn.Module) -> None:
     untie_head(model)
     ends = stream_ends(model)
     names = {id(module): name for name, module in model.named_modules()}
-    with visit(ends.final_norm), visit(ends.head):
-        layer_norm = _subtracts_mean(ends.final_norm)
-        _fuse(model, names[id(ends.final_norm)], ends.final_norm, [ends.head], layer_norm)
+    final = names[id(ends.final_norm)]
+    with visit(ends.final_norm, lambda: model.get_submodule(final)) as norm, visit(ends.head) as head:
+        layer_norm = _subtracts_mean(norm)
+        _fuse(model, final, norm, [head], layer_norm)
     for parts in map(anatomy, visit_blocks(model)):
         for norm, linears in parts.norm_groups:
             _fuse(model, names[id(norm)], norm, linears, layer_norm)

@@ -240,7 +240,7 @@ def walk_blocks(
             yield block
         if index + 1 < len(blocks):
             if ahead is None:  # with the weights as they are kept: in 16 bits they were rounded just now
-                with _at_hand(blocks, index):
+                with visit(block.module):
                     ahead = block.run()
             inputs = ahead
 
