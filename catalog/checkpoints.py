@@ -111,10 +111,11 @@ def checkpoint_path(model_id: str, options: Options, vocab: Vocab) -> Path:
 def _load(path: Path, options: Options) -> _Held:
     """Keep one checkpoint in memory: claims on the same one follow each other."""
     global _held
-    key = (path, stamp(path), options.device, options.allow_pickle)
+    how = (options.device, options.allow_pickle, options.max_memory, options.offload_dir)
+    key = (path, stamp(path), *how)
     if _held.key != key:
         _held = _Held()  # let go of the last one before the next is read
-        model, tokenizer = load_checkpoint(path, options.device, options.allow_pickle)
+        model, tokenizer = load_checkpoint(path, *how)
         _held = _Held(key, model, tokenizer)
     return _held
 

@@ -34,6 +34,7 @@ from requant.catalog.entry import (
 )
 from requant.catalog.files import sha256
 from requant.catalog.sharing import all_of, shared
+from requant.catalog.weights import AUTO
 
 REPRODUCED, CONTRADICTED, NOT_RUN = "reproduced", "contradicted", "not run"
 Values = dict[str, float]
@@ -45,7 +46,10 @@ class Options:
 
     model_paths: checkpoint id -> folder or .gguf file, looked at first; allow_pickle: see weights.py.
     data_paths: dataset `id:split` -> local file to read in its place; its SHA-256 goes into the record.
-    offload_dir: folder on disk for the calibration activations of methods that walk block by block.
+    device: where checkpoints compute; `auto` places each by accelerate's device map, so that it may be larger than
+        a device, see spread.py. max_memory: of that map, number of an accelerator or `cpu` -> bytes.
+    offload_dir: folder on disk for the calibration activations of methods that walk block by block, and with `auto`
+        for weights that do not fit.
     """
 
     models_dir: str | None = None
@@ -55,6 +59,14 @@ class Options:
     allow_pickle: bool = False
     data_paths: Mapping[str, str] = field(default_factory=dict)
     offload_dir: str | None = None
+    max_memory: Mapping[int | str, int] = field(default_factory=dict)
+
+    @property
+    def computes_on(self) -> str:
+        """The device that computes: `auto` stands for the first accelerator, or the CPU."""
+        if self.device != AUTO:
+            return self.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def measure_on_ray(
             here = work.options(num_returns="streaming", max_retries=0, **needs)
             job.records = here.remote(job.paper.id, list(job.claims), *arguments)
 
-        yield from _follow(ray, _jobs(by_id, rows, options.device), submit)
+        yield from _follow(ray, _jobs(by_id, rows, options.computes_on), submit)
     finally:
         ray.shutdown()
 

@@ -17,10 +17,12 @@ from requant.catalog.terminal import (
     DeviceOption,
     DownloadOption,
     JsonOption,
+    MaxMemoryOption,
     ModelPathOption,
     ModelsDirOption,
     OffloadOption,
     data_paths,
+    max_memory,
     model_paths,
     offload_dir,
     stop,
@@ -68,6 +70,7 @@ def evaluate_model(
     data: DataOption = None,
     offload: OffloadOption = None,
     device: DeviceOption = "cpu",
+    memory: MaxMemoryOption = None,
 ) -> None:
     """Quantize a model and evaluate it beside the unquantized one, on lm-eval tasks or under a protocol."""
     named = [name.strip() for name in (tasks or "").split(",") if name.strip()]
@@ -83,7 +86,7 @@ def evaluate_model(
 
     options = Options(
         str(models_dir) if models_dir else None, download, device, model_paths(model_path), allow_pickle,
-        data_paths(data), offload_dir(offload),
+        data_paths(data), offload_dir(offload), max_memory(memory, device),
     )  # fmt: skip
     try:
         versions = _models(model, method, config or (), calibration, options)
@@ -133,12 +136,13 @@ def _load(name: str, options: Options) -> tuple[Any, Any, bool]:
 
     if name in VARIANTS:
         found = load_reference(name)
-        return found.model.to(options.device), found.tokenizer, True
+        return found.model.to(options.computes_on), found.tokenizer, True
     given = Path(name).exists() and name not in options.model_paths
     path = Path(name) if given else checkpoint_path(name, options, load_vocab())
     if (path / METADATA).is_file():  # our own layout, already quantized
-        return *_packed(path, options.device), False
-    return *load_checkpoint(path, options.device, options.allow_pickle), False
+        return *_packed(path, options.computes_on), False
+    where = (options.max_memory, options.offload_dir)
+    return *load_checkpoint(path, options.device, options.allow_pickle, *where), False
 
 
 def _packed(folder: Path, device: str) -> tuple[Any, Any]:

@@ -79,7 +79,7 @@ def _accelerator() -> Iterator[Finding]:
 
 
 def _room() -> Iterator[Finding]:
-    free = _free_memory()
+    free = free_memory()
     if free is not None:
         enough = free >= 2 * 2**30
         text = f"{free / 2**30:.1f} GiB free" + (
@@ -96,8 +96,16 @@ def _room() -> Iterator[Finding]:
     yield Finding(OK, "checkpoints", f"{cache} ({holds}), {disk:.0f} GiB of disk free")
 
 
-def _free_memory() -> int | None:
-    """Bytes that can be used without swapping, where the system says so."""
+def free_memory(device: str = "cpu") -> int | None:
+    """Bytes that can be used on a device (on the CPU without swapping), where the system says so."""
+    if device != "cpu":
+        import torch
+
+        return (
+            torch.cuda.mem_get_info(device)[0]
+            if device.startswith("cuda") and torch.cuda.is_available()
+            else None
+        )
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

@@ -2,7 +2,7 @@
 
 Memory    2 x parameters x bytes a parameter: the unquantized model and the quantized one are held side by side, in
           4 bytes each on a CPU (float32) and 2 elsewhere (as published: bfloat16 or float16); activations, Hessians
-          and what a method keeps for itself come on top
+          and what a method keeps for itself come on top. What is free now, or --max-memory, decides whether that fits
 Seconds   as the ledger has them; else 2 x parameters x tokens / the FLOP rate of a one-second probe, for 3 passes over
           the evaluated tokens (unquantized, quantized, unquantized again for the KL divergence) and 2 over the
           calibration tokens. The method's own work is not in it, so it is a lower bound
@@ -30,9 +30,10 @@ from requant.catalog.entry import (
 )
 from requant.catalog.gate import tokenizer_family
 from requant.catalog.inventory import memory_bytes
+from requant.catalog.machine import free_memory
 from requant.catalog.protocols import REFERENCE_TEXT, Protocol, get_protocol
 from requant.catalog.vocabulary import Vocab
-from requant.catalog.weights import NotHere, locate, require_loadable
+from requant.catalog.weights import AUTO, NotHere, locate, require_loadable
 
 EVALUATIONS, CALIBRATIONS = 3, 2  # passes over the evaluated and over the calibration tokens
 REFERENCE_PARAMS = 4_500_000
@@ -46,6 +47,7 @@ class Planned:
     Attributes:
         reason: why it would not run; empty if it would.
         seconds: estimate, None for unknown; basis: `ledger`, `formula` (a lower bound), or empty.
+        fits: whether that memory is there; if not, it takes a device map (`--device auto`). None for unknown.
     """
 
     paper: str
@@ -57,6 +59,7 @@ class Planned:
     memory_bytes: int | None
     seconds: float | None
     basis: str
+    fits: bool | None = None
 
     def record(self) -> dict[str, object]:
         return asdict(self)
@@ -102,10 +105,17 @@ def _planned(
         seconds, basis = row["seconds"], "ledger"
     elif reason is None and rate is not None and (work := _flop(claim, vocab)) is not None:
         seconds, basis = work / rate, "formula"
+    memory = memory_bytes(known.params, options.computes_on) if known else None
     return Planned(
-        paper.id, claim.id, claim.kind, reason is None, reason or "", model,
-        memory_bytes(known.params, options.device) if known else None, seconds, basis,
+        paper.id, claim.id, claim.kind, reason is None, reason or "", model, memory, seconds, basis,
+        fits(memory, options),
     )  # fmt: skip
+
+
+def fits(memory: int | None, options: Options) -> bool | None:
+    """Whether the device that computes has this much memory for weights; None where one of the two is unknown."""
+    free = next(iter(options.max_memory.values()), None) or free_memory(options.computes_on)
+    return None if memory is None or free is None else memory <= free
 
 
 def obstacle(paper: Paper, claim: Claim, options: Options, vocab: Vocab) -> str | None:
@@ -125,6 +135,9 @@ def obstacle(paper: Paper, claim: Claim, options: Options, vocab: Vocab) -> str 
         )
         if found is not None:
             require_loadable(found.path, options.allow_pickle)
+            room = fits(memory_bytes(model.params if model else None, options.computes_on), options)
+            if options.device == AUTO and options.offload_dir is None and room is False:
+                return f"two models of {claim.model} do not fit here; give --offload-dir, a folder on disk"
         if options.download:
             return None
         if found is None:

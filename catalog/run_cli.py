@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +23,7 @@ from requant.catalog.terminal import (
     DeviceOption,
     DownloadOption,
     JsonOption,
+    MaxMemoryOption,
     MeasuredOption,
     ModelPathOption,
     ModelsDirOption,
@@ -30,6 +32,7 @@ from requant.catalog.terminal import (
     console,
     data_paths,
     known,
+    max_memory,
     model_paths,
     offload_dir,
     stop,
@@ -75,6 +78,7 @@ def run(
     data: DataOption = None,
     offload: OffloadOption = None,
     device: DeviceOption = "cpu",
+    memory: MaxMemoryOption = None,
     jobs: Annotated[
         int, typer.Option(min=0, metavar="N", help="Entries measured at once (0: one a core).")
     ] = 1,
@@ -105,7 +109,7 @@ def run(
 
     options = Options(
         str(models_dir) if models_dir else None, download, device, model_paths(model_path), allow_pickle,
-        data_paths(data), offload_dir(offload),
+        data_paths(data), offload_dir(offload), max_memory(memory, device),
     )  # fmt: skip
     session = _Session(catalog, chosen, claim, options, jobs or cores(), measured)
     if engine is Engine.RAY:
@@ -165,9 +169,9 @@ class _Session:
         from requant.catalog.plan import flop_rate
 
         one_thread()
-        rate = flop_rate(self.options.device)
+        rate = flop_rate(self.options.computes_on)
         rows = self.plan(rate)
-        print_plan(rows, rate, self.options.device, self.jobs)
+        print_plan(rows, rate, self.options, self.jobs)
         if json_file is not None:
             write_json(json_file, [row.record() for row in rows])
 
@@ -198,7 +202,7 @@ class _Session:
     def _keys(self) -> dict[tuple[str, str], str]:
         from requant.catalog.resume import record_key
 
-        device, vocab = self.options.device, self.catalog.vocab
+        device, vocab = self.options.computes_on, self.catalog.vocab
         return {
             (paper.id, claim.id): record_key(paper, claim, vocab, device)
             for paper in self.chosen
@@ -236,7 +240,7 @@ class _Session:
             with closing(measurements):
                 for item in measurements:
                     if save:
-                        ledger.save([item], self.measured, self.options.device, keys)
+                        ledger.save([item], self.measured, self.options.computes_on, keys)
                     done.append(item)
                     line = progress_text(item, len(done), len(self.wanted), eta.after(item))
                     self.console.print(line)
@@ -244,7 +248,7 @@ class _Session:
             self.console.print(Text("stopped; what was measured so far is kept", style="yellow"))
 
 
-def print_plan(rows: Sequence[Planned], rate: float, device: str, jobs: int) -> None:
+def print_plan(rows: Sequence[Planned], rate: float, options: Options, jobs: int) -> None:
     """What would run, why the rest would not, and the formulas behind the estimates."""
     from requant.catalog.inventory import in_bytes, in_units
     from requant.catalog.report import duration
@@ -266,7 +270,8 @@ def print_plan(rows: Sequence[Planned], rate: float, device: str, jobs: int) -> 
     unknown = sum(row.seconds is None for row in running)
     more = f", and {unknown} claims of unknown time" if unknown else ""
     screen.print(Text(f"{len(running)} of {len(rows)} claims would run, about {duration(seconds)}{more}"))
-    size = 4 if device == "cpu" else 2
+    print_large(running, options, screen)
+    size = 4 if options.computes_on == "cpu" else 2
     screen.print(
         Text(
             f"memory: 2 models x parameters x {size} bytes. time: of the last run, where the ledger has one; else "
@@ -275,3 +280,17 @@ def print_plan(rows: Sequence[Planned], rate: float, device: str, jobs: int) -> 
             style="dim",
         )
     )
+
+
+def print_large(running: Sequence[Planned], options: Options, screen: Console) -> None:
+    """Which claims take more memory than the device has, and what happens then."""
+    from requant.catalog.weights import AUTO
+
+    large = Counter(row.model for row in running if row.fits is False)
+    if not large:
+        return
+    named = ", ".join(f"{model} ({count})" for model, count in large.most_common())
+    remedy = f"--device {AUTO} --offload-dir DIR loads them by accelerate's device map, the rest in files"
+    if options.device == AUTO:
+        remedy = f"loaded by accelerate's device map, what does not fit in files of {options.offload_dir}"
+    screen.print(Text(f"more than the memory of {options.computes_on}: {named}; {remedy}", style="yellow"))

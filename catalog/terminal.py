@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from requant.catalog.errors import nearest, one_line
 from requant.catalog.loader import Catalog
+from requant.catalog.weights import AUTO
 
 PapersOption = Annotated[
     Path | None, typer.Option("--papers", metavar="DIR", help="Folder of entries (default: the catalog's).")
@@ -36,13 +38,26 @@ DataOption = Annotated[
 OffloadOption = Annotated[
     Path | None,
     typer.Option(
-        "--offload-dir", metavar="DIR", help="Keep calibration activations in files of this folder."
+        "--offload-dir",
+        metavar="DIR",
+        help="Keep calibration activations, and with --device auto weights, in files of this folder.",
     ),
 ]
 DownloadOption = Annotated[
     bool, typer.Option("--download", help="Fetch the checkpoints and data that are named.")
 ]
-DeviceOption = Annotated[str, typer.Option(help="Where checkpoints run: cpu, cuda, ...")]
+DeviceOption = Annotated[
+    str,
+    typer.Option(help="Where checkpoints run: cpu, cuda, ...; auto: spread by accelerate's device map."),
+]
+MaxMemoryOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--max-memory",
+        metavar="DEVICE=SIZE",
+        help="With --device auto: what weights may take, like 0=20GiB or cpu=64GiB. Repeatable.",
+    ),
+]
 AllowPickleOption = Annotated[
     bool,
     typer.Option("--allow-pickle", help="Also read pickled weights, plain tensors only (weights_only)."),
@@ -89,6 +104,22 @@ def offload_dir(given: Path | None) -> str | None:
     if given is not None and not given.is_dir():
         stop(f"--offload-dir {given} is no folder")
     return None if given is None else str(given.absolute())
+
+
+def max_memory(given: Iterable[str] | None, device: str) -> Mapping[int | str, int]:
+    """`DEVICE=SIZE` options in accelerate's convention: number of an accelerator or `cpu` -> bytes."""
+    if given and device != AUTO:
+        stop("--max-memory goes with --device auto")
+    found: dict[int | str, int] = {}
+    for text in given or ():
+        form = re.fullmatch(r"(\d+|cpu)=(\d+(?:\.\d+)?)([KMGT]i?B|B)?", text)
+        if form is None:
+            stop(f"--max-memory {text!r} is not DEVICE=SIZE, like 0=20GiB or cpu=64GiB")
+        name, size, unit = form.groups()
+        base = 1024 if unit and "i" in unit else 1000
+        key = name if name == "cpu" else int(name)
+        found[key] = int(float(size) * base ** (" KMGT".index(unit[0]) if unit and unit != "B" else 0))
+    return found
 
 
 def model_paths(given: Iterable[str] | None) -> Mapping[str, str]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+AUTO = "auto"  # as a device: accelerate's device map
 SAFETENSORS, PICKLE, GGUF = "safetensors", "pickle", "gguf"
 _SUFFIXES = {SAFETENSORS: (".safetensors",), PICKLE: (".bin", ".pt", ".pth"), GGUF: (".gguf",)}
 _NEEDED = ["*.safetensors", "*.json", "*.txt", "*.model"]
@@ -126,18 +127,32 @@ def require_loadable(path: Path, allow_pickle: bool = False) -> str:
     return form
 
 
-def load_checkpoint(path: Path, device: str = "cpu", allow_pickle: bool = False):
+def load_checkpoint(
+    path: Path,
+    device: str = "cpu",
+    allow_pickle: bool = False,
+    max_memory: Mapping[int | str, int] | None = None,
+    offload_dir: str | Path | None = None,
+):
     """Model in eval mode without gradients, and tokenizer, of a folder or a GGUF file.
 
     On the CPU the weights become float32, elsewhere they keep the dtype they are stored in.
+
+    Args:
+        device: with `auto` the model may be larger than a device; it is spread as spread.py says.
+        max_memory, offload_dir: of `auto`: bytes a device (default: what is free), and the folder for the rest.
     Raises: NotHere, naming the checkpoint, for pickled weights without `allow_pickle`, for an architecture that
-    transformers does not know as a causal language model, and without the package a GGUF file needs.
+    transformers does not know as a causal language model, without the package a GGUF file needs, and for a model that
+    does not fit where it may be.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
+    from requant.catalog.spread import load_spread
+
     form = require_loadable(path, allow_pickle)
-    how = {"dtype": torch.float32 if device == "cpu" else "auto", "local_files_only": True}
+    on_cpu = not torch.cuda.is_available() if device == AUTO else device == "cpu"
+    how = {"dtype": torch.float32 if on_cpu else "auto", "local_files_only": True}
     folder = path
     if form == GGUF:
         file = _files(path, GGUF)[0]
@@ -145,14 +160,17 @@ def load_checkpoint(path: Path, device: str = "cpu", allow_pickle: bool = False)
     else:
         how |= {"use_safetensors": form == SAFETENSORS, "weights_only": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, **how)
+        if device == AUTO:
+            model = load_spread(folder, how, max_memory or {}, offload_dir and Path(offload_dir))
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, **how).to(device)
         tokenizer = _tokenizer(folder, how.get("gguf_file"))
     except (ValueError, KeyError, ImportError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:160]
         raise NotHere(
             f"{path.name} cannot be loaded as a causal language model: {_architecture(folder)}{reason}"
         ) from error
-    return model.to(device).eval().requires_grad_(False), tokenizer
+    return model.eval().requires_grad_(False), tokenizer
 
 
 def _tokenizer(folder: Path, gguf_file: str | None):

@@ -36,7 +36,10 @@ class Shared:
 
 
 class QuantInput(nn.Module):
-    """A linear layer whose input passes through `transform` first, and whose output may pass through `after`."""
+    """A linear layer whose input passes through `transform` first, and whose output may pass through `after`.
+
+    Both may compute in float32; what they give has the dtype of what they got.
+    """
 
     def __init__(
         self,
@@ -58,8 +61,8 @@ class QuantInput(nn.Module):
         return self.linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.linear(x if self.transform is None else self.transform(x))
-        return y if self.after is None else self.after(y)
+        y = self.linear(x if self.transform is None else self.transform(x).to(x.dtype))
+        return y if self.after is None else self.after(y).to(y.dtype)
 
 
 class SmoothedSiLU(nn.Module):
@@ -144,7 +147,8 @@ def _register(base: str) -> None:
     def attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
         transform = getattr(module, "requant_transform", None)
         if transform is not None:
-            query, key, value = transform(query, key, value)
+            dtype = query.dtype
+            query, key, value = (x.to(dtype) for x in transform(query, key, value))
         weigh = getattr(module, "requant_weigh", None)
         if weigh is not None:
             return _weighed_attention(query, key, value, *args, weigh=weigh, **kwargs)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls._activation import transform_inputs
-from requant.reference_impls._anatomy import BlockAnatomy, block_anatomies, gain_offset, require_pre_norm
+from requant.reference_impls._anatomy import BlockAnatomy, anatomy, gain_offset, require_pre_norm
 from requant.reference_impls._hadamard import hadamard_transform, has_hadamard
-from requant.reference_impls._walk import UnsupportedModelError, decoder_blocks, replace_module
+from requant.reference_impls._residence import visit
+from requant.reference_impls._walk import UnsupportedModelError, decoder_blocks, replace_module, visit_blocks
 
 _FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")
 _POST_NORMS = (
@@ -75,7 +76,8 @@ def untie_head(model: nn.Module) -> None:
     """Give lm_head a weight of its own where it shares the embedding's: after fusion they differ."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and head.weight is embedding.weight:
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        with visit(head):
+            head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         model.config.get_text_config().tie_word_embeddings = False
         model.config.tie_word_embeddings = False
 
@@ -145,25 +147,32 @@ def fuse_norms(model: nn.Module) -> None:
     """
     require_pre_norm(model)
     untie_head(model)
-    ends, blocks = stream_ends(model), block_anatomies(model)
-    groups = [group for parts in blocks for group in parts.norm_groups] + [(ends.final_norm, [ends.head])]
-    layer_norm = _subtracts_mean(ends.final_norm)
+    ends = stream_ends(model)
     names = {id(module): name for name, module in model.named_modules()}
-    for norm, linears in groups:
-        if _subtracts_mean(norm) != layer_norm:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} mixes norms that subtract the mean with others that do not"
-            )
-        _fold_norm(norm, linears)
-        if layer_norm:
-            replace_module(model, names[id(norm)], _plain_rms_norm(norm, ends.head))
-    if layer_norm:
-        for embedding in ends.embeddings:
+    final = names[id(ends.final_norm)]
+    with visit(ends.final_norm, lambda: model.get_submodule(final)) as norm, visit(ends.head) as head:
+        layer_norm = _subtracts_mean(norm)
+        _fuse(model, final, norm, [head], layer_norm)
+    for parts in map(anatomy, visit_blocks(model)):
+        for norm, linears in parts.norm_groups:
+            _fuse(model, names[id(norm)], norm, linears, layer_norm)
+        for linear in (parts.o, parts.down) if layer_norm else ():
+            _centre_output(linear)
+    for embedding in ends.embeddings if layer_norm else ():
+        with visit(embedding):
             rows = embedding.weight.double()
             _write(embedding.weight, rows - rows.mean(1, keepdim=True))
-        for parts in blocks:
-            for linear in (parts.o, parts.down):
-                _centre_output(linear)
+
+
+def _fuse(model: nn.Module, name: str, norm: nn.Module, linears: list[nn.Linear], layer_norm: bool) -> None:
+    """Fold one norm, called `name` in the model, into what it feeds; a LayerNorm becomes an RMSNorm."""
+    if _subtracts_mean(norm) != layer_norm:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} mixes norms that subtract the mean with others that do not"
+        )
+    _fold_norm(norm, linears)
+    if layer_norm:
+        replace_module(model, name, _plain_rms_norm(norm, linears[0]))
 
 
 @torch.no_grad()
@@ -180,8 +189,9 @@ def rotate_stream(model: nn.Module, Q: Tensor) -> None:
         _write(reader.weight, reader.weight.double() @ Q.to(reader.weight.device))
 
     for reader in (*ends.embeddings, ends.head):
-        read_rotated(reader)
-    for parts in block_anatomies(model):
+        with visit(reader):
+            read_rotated(reader)
+    for parts in map(anatomy, visit_blocks(model)):
         for linear in (*parts.qkv, *parts.ups):
             read_rotated(linear)
         behind = post_norms(parts)

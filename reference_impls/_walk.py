@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from requant.reference_impls._hessian import gram
 from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._residence import FILES, HALF, away, homes_of_a_copy, mapped, placed, visit
 
 
 class UnsupportedModelError(QuantizationError):
@@ -45,15 +46,7 @@ def activations_in(folder: str | Path | None) -> Iterator[None]:
 def _kept(hidden: Tensor) -> Tensor:
     """The same values, in a file if `activations_in` says so."""
     folder = _OFFLOAD.get()
-    if folder is None:
-        return hidden
-    handle, name = tempfile.mkstemp(dir=folder, suffix=".activations")
-    os.close(handle)
-    try:
-        mapped = torch.from_file(name, shared=True, size=hidden.numel(), dtype=hidden.dtype)
-    finally:
-        Path(name).unlink()  # the mapping keeps the space until the tensor is gone
-    return mapped.view(hidden.shape).copy_(hidden)
+    return hidden if folder is None else mapped(hidden, folder)
 
 
 class _Stop(Exception):
@@ -84,8 +77,41 @@ def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """An independent eval-mode copy without gradients: what every `quantize` starts from."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
+    """An independent eval-mode copy without gradients: what every `quantize` starts from.
+
+    The copy of a model that does not fit its device waits in files.
+    """
+    twin = copy.deepcopy(model, homes_of_a_copy(model)).eval().requires_grad_(False)
+    for module in placed(twin):
+        module.residence.store = FILES
+    return twin
+
+
+def visit_blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """Every decoder block, first to last, each on the device it computes on and in float32 until the next is asked for.
+
+    What a caller changed by then, or put in a block's place, goes back to where blocks wait.
+    """
+    blocks = decoder_blocks(model)
+    for index in range(len(blocks)):
+        with _at_hand(blocks, index) as block:
+            yield block
+
+
+def _at_hand(blocks: nn.ModuleList, index: int):
+    return visit(blocks[index], lambda: blocks[index])
+
+
+def require_whole(model: nn.Module, what: str) -> None:
+    """Raise UnsupportedModelError, naming the method, if parts of the model wait elsewhere than on their device.
+
+    For what trains through all blocks at once, or holds a second copy of all weights.
+    """
+    if away(model):
+        raise UnsupportedModelError(
+            f"{what} needs all blocks of {type(model).__name__} on their device at once, and this one is kept in part "
+            "in memory or on disk; use a larger device"
+        )
 
 
 @dataclass
@@ -202,17 +228,21 @@ def walk_blocks(
     names = {id(module): name for name, module in model.named_modules()}
     batches = calib.split(batch_size)
     kwargs = _block_kwargs(model, blocks, batches)
-    inputs = [_kept(_first_input(model, blocks[0], batch)) for batch in batches]
+    inputs = [_kept(_full(_first_input(model, blocks[0], batch))) for batch in batches]
     originals = inputs
-    for index, module in enumerate(blocks):
-        block = Block(index, names[id(module)], module, inputs, kwargs[index])
-        if propagate == "both":
-            block.original_inputs = originals
-            originals = block.targets = [_kept(block.forward(batch)) for batch in originals]
-        ahead = block.run() if propagate == "original" else None
-        yield block
+    for index in range(len(blocks)):
+        with _at_hand(blocks, index) as module:
+            block = Block(index, names[id(module)], module, inputs, kwargs[index])
+            if propagate == "both":
+                block.original_inputs = originals
+                originals = block.targets = [_kept(block.forward(batch)) for batch in originals]
+            ahead = block.run() if propagate == "original" else None
+            yield block
         if index + 1 < len(blocks):
-            inputs = block.run() if ahead is None else ahead
+            if ahead is None:  # with the weights as they are kept: in 16 bits they were rounded just now
+                with visit(block.module):
+                    ahead = block.run()
+            inputs = ahead
 
 
 def check_calib(calib: Tensor | None) -> None:
@@ -223,6 +253,13 @@ def check_calib(calib: Tensor | None) -> None:
         raise QuantizationError(
             f"calib must be int64 [n_samples, seqlen], got {calib.dtype} {list(calib.shape)}"
         )
+
+
+def _full(value: Any) -> Any:
+    """Floating tensors of 16 bits in float32, also in tuples: blocks are walked through in float32."""
+    if isinstance(value, tuple):
+        return tuple(_full(item) for item in value)
+    return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
 
 
 def _first_input(model: nn.Module, block: nn.Module, batch: Tensor) -> Tensor:
@@ -252,7 +289,7 @@ def _block_kwargs(model: nn.Module, blocks: nn.ModuleList, batches: tuple[Tensor
     for index, block in enumerate(blocks):
 
         def keep(_module: nn.Module, args: tuple, kwargs: dict, index: int = index) -> None:
-            kept[index] = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+            kept[index] = {key: _full(value) for key, value in kwargs.items() if key != "hidden_states"}
             if len(args) > 1:
                 raise UnsupportedModelError(
                     f"{type(_module).__name__} takes positional arguments beyond hidden states"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls._anatomy import anatomy
-from requant.reference_impls._walk import Block, copy_model, decoder_blocks, named_linears, walk_blocks
+from requant.reference_impls._walk import Block, copy_model, named_linears, visit_blocks, walk_blocks
 
 LayerQuantizer = Callable[
     [Tensor, Tensor | None], Tensor
@@ -19,7 +19,7 @@ LayerQuantizer = Callable[
 def quantize_linears(model: nn.Module, quantize_weight: LayerQuantizer) -> nn.Module:
     """A copy of the model in which every linear of the decoder blocks went through quantize_weight(W, None)."""
     model = copy_model(model)
-    for block in decoder_blocks(model):
+    for block in visit_blocks(model):
         for linear in named_linears(block).values():
             linear.weight.copy_(quantize_weight(linear.weight.float(), None))
     return model

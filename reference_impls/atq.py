@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from requant.reference_impls import _quant, gptq
 from requant.reference_impls._activation import QuantInput
-from requant.reference_impls._anatomy import block_anatomies, require_pre_norm
+from requant.reference_impls._anatomy import anatomy, require_pre_norm
 from requant.reference_impls._equivalence import Site, sites
 from requant.reference_impls._hessian import proxy_loss
 from requant.reference_impls._quant import QuantizationError, check_choices
@@ -31,6 +31,7 @@ from requant.reference_impls._walk import (
     decoder_blocks,
     named_linears,
     replace_module,
+    visit_blocks,
 )
 from requant.reference_impls._weights import quantize_blockwise
 from requant.reference_impls.smoothquant import channel_peaks, smoothing_factors
@@ -80,7 +81,7 @@ def transform(model: nn.Module, calib: Tensor, alpha: float) -> nn.Module:
     check_calib(calib)
     model = copy_model(model)
     peaks = channel_peaks(model, calib)
-    for parts in block_anatomies(model):
+    for parts in map(anatomy, visit_blocks(model)):
         for site in sites(parts, model.config):
             site.fold(factors(site, peaks[site.linears[0]], alpha))
     return model

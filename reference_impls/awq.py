@@ -193,7 +193,7 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
     model = transform(model, calib, cfg)
     if cfg.then_gptq:
         return gptq.quantize(model, calib, _gptq_config(cfg))
-    for block in _walk.decoder_blocks(model):
+    for block in _walk.visit_blocks(model):
         for linear in named_linears(block).values():
             linear.weight.copy_(round_weight(linear.weight.float(), cfg))
     return model

@@ -32,6 +32,7 @@ from requant.reference_impls._walk import (
     check_calib,
     named_linears,
     replace_module,
+    require_whole,
 )
 
 TINY = {"updates": 6, "warmup": 2, "tokens_per_update": 256}  # what the conformance tests run
@@ -186,6 +187,7 @@ def _insert(model: nn.Module, cfg: Config, sub_norm: bool) -> list[BitLinear]:
 
 def _check(model: nn.Module, calib: Tensor | None, cfg: Config) -> None:
     check_calib(calib)
+    require_whole(model, "bitnet")
     check_choices(cfg, linear=("bit", "full", "post"), norm=("sub", "pre"), embeddings=("new", "kept"))
     if not 0 <= cfg.warmup < cfg.updates:
         raise ValueError(f"warmup {cfg.warmup}, updates {cfg.updates}: need 0 <= warmup < updates")
@@ -216,7 +218,7 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
         bits = _insert(trained, cfg, sub_norm=False)
     for bit in bits:
         bit.freeze()
-    return trained.eval().requires_grad_(False)
+    return trained.eval().requires_grad_(False).to(model.dtype)
 
 
 # --- one matrix -------------------------------------------------------------------------------------------------

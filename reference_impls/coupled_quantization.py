@@ -33,7 +33,7 @@ from requant.reference_impls._coded_cache import (
 )
 from requant.reference_impls._kmeans import weighted_kmeans
 from requant.reference_impls._quant import QuantizationError, check_choices
-from requant.reference_impls._walk import check_calib, copy_model
+from requant.reference_impls._walk import check_calib, copy_model, require_whole
 
 Samples = tuple[Tensor, Tensor]  # vectors [n_tokens, n_groups, c], weights [n_tokens, n_groups]
 
@@ -153,6 +153,8 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
         raise QuantizationError(f"an integer grid couples nothing: channels must be 1, not {cfg.channels}")
     if not 1 <= cfg.code_bits <= 16:
         raise QuantizationError(f"code_bits must lie in 1..16, not {cfg.code_bits}")
+    if cfg.codebook == "fisher":
+        require_whole(model, "coupled_quantization with codebook fisher")
     model = copy_model(model)
     return code_attention(model, record(model, calib, cfg), cfg)
 

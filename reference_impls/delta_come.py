@@ -121,23 +121,32 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config, base: nn.Modul
     Raises: QuantizationError if a linear of the base is missing or has another shape.
     """
     check_calib(calib)
-    tuned, model = decoder_blocks(model), copy_model(model)
+    tuned, model = model, copy_model(model)
     for linear, weight in with_base(model, base):
         linear.weight.copy_(weight)
-    for block, original in zip(_walk.walk_blocks(model, calib), tuned, strict=True):
+    for block, original in zip(_walk.walk_blocks(model, calib), _walk.visit_blocks(tuned), strict=True):
         _compress_block(block, named_linears(original), cfg)
     return model
 
 
-def with_base(model: nn.Module, base: nn.Module | None) -> list[tuple[nn.Linear, Tensor]]:
-    ours = named_linears(decoder_blocks(model))
+def with_base(model: nn.Module, base: nn.Module | None) -> Iterator[tuple[nn.Linear, Tensor]]:
+    """Each linear of the blocks with the weight of that name in the base, or zeros; block after block.
+
+    Raises: QuantizationError as `quantize`.
+    """
     if base is None:
-        return [(linear, torch.zeros_like(linear.weight)) for linear in ours.values()]
-    theirs = {name: linear.weight for name, linear in named_linears(decoder_blocks(base)).items()}
-    wrong = [name for name in ours if name not in theirs or ours[name].weight.shape != theirs[name].shape]
+        for block in _walk.visit_blocks(model):
+            yield from ((linear, torch.zeros_like(linear.weight)) for linear in named_linears(block).values())
+        return
+    ours, theirs = (named_linears(decoder_blocks(each)) for each in (model, base))
+    wrong = [
+        name for name in ours if name not in theirs or ours[name].weight.shape != theirs[name].weight.shape
+    ]
     if wrong:
         raise QuantizationError(f"the base has no linear of the name and shape of {', '.join(wrong[:3])}")
-    return [(linear, theirs[name]) for name, linear in ours.items()]
+    for block, other in zip(_walk.visit_blocks(model), _walk.visit_blocks(base), strict=False):
+        others = named_linears(other)
+        yield from ((linear, others[name].weight) for name, linear in named_linears(block).items())
 
 
 def _compress_block(block: _walk.Block, tuned: dict[str, nn.Linear], cfg: Config) -> None:

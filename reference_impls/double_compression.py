@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from requant.reference_impls import _quant
 from requant.reference_impls._activation import wrap_linears
-from requant.reference_impls._anatomy import block_anatomies, require_pre_norm
+from requant.reference_impls._anatomy import anatomy, require_pre_norm
 from requant.reference_impls._equivalence import sites
 from requant.reference_impls._quant import QuantizationError
-from requant.reference_impls._walk import check_calib, copy_model, decoder_blocks, named_linears
+from requant.reference_impls._walk import check_calib, copy_model, named_linears, visit_blocks
 from requant.reference_impls.smoothquant import channel_peaks
 
 _FLOOR = 1e-5  # lower clamp of activation maxima
@@ -72,7 +72,7 @@ def rescale(model: nn.Module, calib: Tensor, power: float) -> tuple[nn.Module, d
     check_calib(calib)
     model = copy_model(model)
     peaks = channel_peaks(model, calib)
-    for parts in block_anatomies(model):
+    for parts in map(anatomy, visit_blocks(model)):
         for site in sites(parts, model.config):
             s = channel_factors(site.written(peaks[site.linears[0]]), power)
             site.fold(s)
@@ -99,7 +99,7 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
     """Rescale, round and prune the weights, round activations per token; the lossless stage changes no number."""
     check_calib(calib)
     model, peaks = rescale(model, calib, cfg.scale_power)
-    for block in decoder_blocks(model):
+    for block in visit_blocks(model):
         for linear in named_linears(block).values():
             codes, scale = round_and_prune(linear.weight.float(), peaks[linear], cfg)
             linear.weight.copy_(codes * scale)

@@ -25,6 +25,7 @@ from requant.reference_impls._walk import (
     copy_model,
     decoder_blocks,
     named_linears,
+    require_whole,
     walk_blocks,
 )
 
@@ -74,7 +75,7 @@ def grouped_saliency(G: Tensor, n_channel_groups: int) -> Tensor:
 @torch.no_grad()
 def guides(model: nn.Module, calib: Tensor, cfg: Config) -> list[dict[str, Guide]]:
     """Saliency and Fisher diagonal of each linear, by block and name; one backward pass a batch."""
-    model = copy_model(model)
+    model = copy_model(model).float()
     found: dict[nn.Linear, Guide] = {}
     for batch in calib.to(model.device).split(max(1, _BATCH_TOKENS // calib.shape[1])):
         for linear, (X, G) in output_gradients(model, batch).items():
@@ -180,6 +181,7 @@ def quantize_weight(W: Tensor, H: Tensor, cfg: Config, fisher: Tensor | None = N
 def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
     """Gradients of the loss once, then every linear on the inputs that the unquantized model gives it."""
     check_calib(calib)
+    require_whole(model, "guidedquant")
     found = guides(model, calib, cfg)
     model = copy_model(model)
     for block, guide in zip(walk_blocks(model, calib, propagate="original"), found, strict=True):

@@ -202,13 +202,15 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
     peaks = channel_peaks(model, calib)
     for parts in block_anatomies(model):
         transform_attention(model, parts.attn, lambda q, k, v: (q, k, v))
-    made = []
-    for block in walk_blocks(model, calib, propagate="both"):
+    blocks = decoder_blocks(model)
+    for block in walk_blocks(
+        model, calib, propagate="both"
+    ):  # the next one is fed by `block.module`, in floats
         fsbr = Smoothing(block, model.config, peaks, cfg)
         fsbr.train_block(generator)
-        made.append(fsbr.settle(model.config))
-    for index, block in enumerate(made if cfg.integer else ()):
-        decoder_blocks(model)[index] = block
+        made = fsbr.settle(model.config)
+        if cfg.integer:
+            blocks[block.index] = made
     return model
 
 

@@ -20,9 +20,9 @@ from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._walk import (
     check_calib,
     copy_model,
-    decoder_blocks,
     named_linears,
     replace_module,
+    visit_blocks,
     walk_blocks,
 )
 
@@ -195,7 +195,7 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
     """
     model = copy_model(model)
     if cfg.rounding == "rtn":
-        for module in decoder_blocks(model):
+        for module in visit_blocks(model):
             _replace_linears(module, {}, cfg)
         return model
     check_calib(calib)

@@ -24,6 +24,7 @@ from requant.reference_impls import _quant
 from requant.reference_impls._activation import QuantInput
 from requant.reference_impls._float_grid import Biases, Format, first_format, formats, stored
 from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._residence import visit
 from requant.reference_impls._rotation import untie_head
 from requant.reference_impls._walk import check_calib, copy_model, named_linears, replace_module, walk_blocks
 
@@ -237,8 +238,9 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
         for name, linear in linears.items():
             replace_module(block.module, name, _in_place(linear, seen[name], cfg))
     name = next(name for name, module in model.named_modules() if module is head)
-    replace_module(model, name, _in_place(head, final, cfg))
+    with visit(head):
+        replace_module(model, name, _in_place(head, final, cfg))
     if cfg.embedding_bits < 16:
-        embedding = model.get_input_embeddings()
-        embedding.weight.copy_(quantize_embedding(embedding.weight.float(), cfg))
+        with visit(model.get_input_embeddings()) as embedding:
+            embedding.weight.copy_(quantize_embedding(embedding.weight.float(), cfg))
     return model

@@ -26,6 +26,7 @@ from requant.reference_impls._weights import quantize_blockwise
 
 ERROR_FLOOR = 0.05  # the preprocessed weight is what is rounded, at any width
 _NEWTON_STEPS = 50  # far more than it takes; the loop ends when no threshold moves
+TINY = {"n_iters": 20, "cd_sweeps": 2}
 
 
 @dataclass(frozen=True)

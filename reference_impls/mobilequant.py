@@ -29,6 +29,7 @@ from requant.reference_impls._walk import (
     copy_model,
     decoder_blocks,
     named_linears,
+    require_whole,
     walk_blocks,
 )
 from requant.reference_impls.smoothquant import smooth_sites
@@ -170,7 +171,7 @@ def prepare(
     model: nn.Module, calib: Tensor, cfg: Config
 ) -> tuple[nn.Module, list[MobileBlock], list[Block], Tensor]:
     """The simulated model with observed ranges, its learners, the original blocks, and what the first one is fed."""
-    original = smoothed(model, calib, cfg)
+    original = smoothed(model, calib, cfg).float()  # all blocks are learned at once, outside a walk
     walk = walk_blocks(original, calib, propagate="original")
     first = next(walk)
     blocks, inputs = [replace(block, inputs=[]) for block in (first, *walk)], torch.cat(first.inputs)
@@ -191,14 +192,15 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
     transformers' interface.
     """
     check_calib(calib)
-    model, learners, blocks, inputs = prepare(model, calib, cfg)
+    require_whole(model, "mobilequant")
+    dtype, (model, learners, blocks, inputs) = model.dtype, prepare(model, calib, cfg)
     fit(learners, blocks, inputs, cfg)
     with torch.no_grad():
         for learner in learners:
             learner.rounded().write()
             for offset in learner.ranges()[1::2]:
                 offset.round_()
-    return model.requires_grad_(False)
+    return model.requires_grad_(False).to(dtype)
 
 
 def fit(learners: list[MobileBlock], blocks: list[Block], inputs: Tensor, cfg: Config) -> None:

@@ -22,12 +22,18 @@ from torch.nn.functional import linear as product
 
 from requant.reference_impls import _quant
 from requant.reference_impls._activation import one_each, transform_attention, transform_inputs
-from requant.reference_impls._anatomy import BlockAnatomy, anatomy, block_anatomies, require_pre_norm
+from requant.reference_impls._anatomy import BlockAnatomy, anatomy, require_pre_norm
 from requant.reference_impls._equivalence import Site, sites
 from requant.reference_impls._probes import Probe, outputs_behind, replace_linears
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._ranges import RangeRounding, round_between
-from requant.reference_impls._walk import UnsupportedModelError, check_calib, copy_model, walk_blocks
+from requant.reference_impls._walk import (
+    UnsupportedModelError,
+    check_calib,
+    copy_model,
+    visit_blocks,
+    walk_blocks,
+)
 
 
 @dataclass(frozen=True)
@@ -235,7 +241,7 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
         found.append(_rounding(cfg, static))
         return found[-1]
 
-    for parts in block_anatomies(model):
+    for parts in map(anatomy, visit_blocks(model)):
         for readers in (parts.qkv, [parts.o], parts.ups, [parts.down] if cfg.quantize_down else []):
             for linear in readers:
                 linear.weight.copy_(quantize_weight(linear.weight.float(), None, cfg))

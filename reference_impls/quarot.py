@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from requant.reference_impls import _quant, gptq
 from requant.reference_impls._activation import QuantInput, transform_attention
-from requant.reference_impls._anatomy import BlockAnatomy, block_anatomies
+from requant.reference_impls._anatomy import BlockAnatomy, anatomy, block_anatomies
 from requant.reference_impls._clip_search import grid_of_share, search_grid
 from requant.reference_impls._hadamard import (
     hadamard_matrix,
@@ -45,6 +45,7 @@ from requant.reference_impls._walk import (
     decoder_blocks,
     named_linears,
     replace_module,
+    visit_blocks,
 )
 from requant.reference_impls._weights import quantize_blockwise, quantize_linears
 
@@ -125,7 +126,7 @@ def rotate(model: nn.Module, cfg: Config) -> nn.Module:
         draw = random_hadamard if cfg.rotation == "hadamard" else random_orthogonal
         rotate_stream(model, draw(hidden, torch.Generator().manual_seed(cfg.seed)))  # Stage 1a
         names = {id(module): name for name, module in model.named_modules()}
-        for parts in block_anatomies(model):
+        for parts in map(anatomy, visit_blocks(model)):
             online = _rotate_block(parts, model.config, cfg.online)
             for linear, transform in zip((parts.o, parts.down), online or (), strict=False):
                 replace_module(model, names[id(linear)], QuantInput(linear, transform))

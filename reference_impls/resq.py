@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from requant.reference_impls import _quant, gptq
 from requant.reference_impls._activation import bare, transform_inputs
-from requant.reference_impls._anatomy import block_anatomies
+from requant.reference_impls._anatomy import anatomy, block_anatomies
 from requant.reference_impls._clip_search import search_grid
 from requant.reference_impls._column_parts import Part, pack_parts, unpack_parts
 from requant.reference_impls._hadamard import random_orthogonal
@@ -33,7 +33,7 @@ from requant.reference_impls._rotation import (
     rotate_values,
     same_function,
 )
-from requant.reference_impls._walk import check_calib, copy_model, named_linears
+from requant.reference_impls._walk import check_calib, copy_model, named_linears, visit_blocks
 from requant.reference_impls._weights import quantize_blockwise
 
 
@@ -113,7 +113,7 @@ def rotate(model: nn.Module, calib: Tensor, cfg: Config) -> nn.Module:
         fuse_norms(model)
         stream, values, keys = find_basis(model, calib, cfg)
         rotate_stream(model, stream)
-        for parts, U_B, U_C in zip(block_anatomies(model), values, keys, strict=True):
+        for parts, U_B, U_C in zip(map(anatomy, visit_blocks(model)), values, keys, strict=True):
             rotate_values(parts, heads(parts, model.config), U_B)
             hadamard_before(parts.block, parts.down)
             parts.attn.requant_transform = partial(_attend, U=U_C, cfg=replace(cfg, kv_bits=None))

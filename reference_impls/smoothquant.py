@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from requant.reference_impls import _quant
 from requant.reference_impls._activation import QuantInput
-from requant.reference_impls._anatomy import block_anatomies, fold_channel_scale, require_pre_norm
+from requant.reference_impls._anatomy import anatomy, fold_channel_scale, require_pre_norm
 from requant.reference_impls._equivalence import Site, sites
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._walk import (
@@ -30,6 +30,7 @@ from requant.reference_impls._walk import (
     decoder_blocks,
     named_linears,
     replace_module,
+    visit_blocks,
 )
 
 _FLOOR = 1e-5  # official code: lower clamp of the weight maxima and of s
@@ -146,7 +147,7 @@ def smooth(model: nn.Module, calib: Tensor, alpha: float) -> nn.Module:
     check_calib(calib)
     model = copy_model(model)
     peaks = channel_peaks(model, calib)
-    for parts in block_anatomies(model):
+    for parts in map(anatomy, visit_blocks(model)):
         for norm, linears in parts.norm_groups:
             if getattr(norm, "weight", None) is None:
                 raise UnsupportedModelError(
@@ -177,7 +178,7 @@ def smooth_sites(
     """
     require_pre_norm(model)
     peaks = channel_peaks(model, calib)
-    for parts in block_anatomies(model):
+    for parts in map(anatomy, visit_blocks(model)):
         places = [site for site in sites(parts, model.config) if wanted(site)]
         factors = [_site_factors(site, peaks[site.linears[0]], alpha) for site in places]
         for site, s in zip(places, factors, strict=True):
@@ -215,7 +216,7 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
     if cfg.a_granularity == "per_tensor_static":
         check_calib(calib)
         static = static_scales(model, calib, cfg)  # official code: of the smoothed, unquantized model
-    for parts in block_anatomies(model):
+    for parts in map(anatomy, visit_blocks(model)):
         bmm_inputs = set(parts.qkv if cfg.quantize_bmm_input else ())
         for name, linear in named_linears(parts.block).items():
             linear.weight.copy_(quantize_weight(linear.weight.float(), None, cfg))

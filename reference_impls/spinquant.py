@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from requant.reference_impls import _quant, quarot
 from requant.reference_impls._activation import bare, transform_attention, transform_inputs
-from requant.reference_impls._anatomy import block_anatomies
+from requant.reference_impls._anatomy import anatomy, block_anatomies
 from requant.reference_impls._hadamard import (
     hadamard_transform,
     has_hadamard,
@@ -43,7 +43,13 @@ from requant.reference_impls._rotation import (
     stream_ends,
 )
 from requant.reference_impls._stiefel import CayleySGD, orthonormalized
-from requant.reference_impls._walk import UnsupportedModelError, check_calib, copy_model
+from requant.reference_impls._walk import (
+    UnsupportedModelError,
+    check_calib,
+    copy_model,
+    require_whole,
+    visit_blocks,
+)
 from requant.reference_impls._weights import quantize_blockwise, quantize_linears
 
 TINY = {"steps": 2, "batch_size": 2}
@@ -112,7 +118,7 @@ def rotate(model: nn.Module, rotations: Rotations, cfg: Config) -> nn.Module:
     with same_function(model):
         fuse_norms(model)
         rotate_stream(model, rotations.R1)
-        for parts, R2 in zip(block_anatomies(model), rotations.R2, strict=True):
+        for parts, R2 in zip(map(anatomy, visit_blocks(model)), rotations.R2, strict=True):
             rotate_values(parts, heads(parts, model.config), R2)
             if cfg.online:
                 hadamard_before(parts.block, parts.down, "; online=False needs none")
@@ -158,7 +164,7 @@ class Learner:
 
     def __init__(self, model: nn.Module, cfg: Config):
         initial = initial_rotations(model, cfg)
-        self.model = rotate(model, initial_rotations(model, replace(cfg, init="identity")), cfg)
+        self.model = rotate(model, initial_rotations(model, replace(cfg, init="identity")), cfg).float()
         quantize_flow(self.model, cfg)
         how = None if cfg.learn_w_bits is None else replace(cfg, w_bits=cfg.learn_w_bits, rounding="rtn")
         rounding = None if how is None else lambda W: quantize_weight(W, None, how)
@@ -187,6 +193,7 @@ def learn_rotations(
     """
     if not cfg.steps:
         return initial_rotations(model, cfg)
+    require_whole(model, "spinquant with steps")
     learner = Learner(model, cfg)
     learned, generator = [learner.R1, *learner.R2], torch.Generator().manual_seed(cfg.seed)
     optimizer = CayleySGD(learned, cfg.lr, cfg.cayley_iterations, generator=generator)

@@ -4,29 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    OPTConfig,
-    Phi3Config,
-    PhiConfig,
-    Qwen2Config,
-    Qwen3Config,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from families import FAMILIES, IMPLS, UNLIKE, VOCABULARY, made, small, tokens
+from transformers import AutoModelForCausalLM, GPT2Config, T5Config, T5ForConditionalGeneration
 
 from requant.catalog.claims import CONTRADICTED, NOT_RUN, REPRODUCED, Options, measure
 from requant.catalog.context import load_impl
@@ -35,51 +20,12 @@ from requant.catalog.loader import load_catalog
 from requant.catalog.reference.models import load_tokenizer
 from requant.reference_impls._walk import UnsupportedModelError
 
-VOCABULARY = 2048
-SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": None}  # fmt: skip
-GATED = SIZES | {"intermediate_size": 128, "num_key_value_heads": 2}
-FAMILIES = {
-    "opt": OPTConfig(**SIZES, ffn_dim=128, word_embed_proj_dim=64),
-    "llama": LlamaConfig(**GATED),
-    "qwen2": Qwen2Config(**GATED),
-    "qwen3": Qwen3Config(**GATED, head_dim=16),
-    "gemma2": Gemma2Config(**GATED, head_dim=16),
-    "gemma3": Gemma3TextConfig(**GATED, head_dim=16),
-    "mistral": MistralConfig(**GATED),
-    "phi": PhiConfig(**SIZES, intermediate_size=128),
-    "phi3": Phi3Config(**GATED),
-    "gpt_neox": GPTNeoXConfig(**SIZES, intermediate_size=128),
-    "bloom": BloomConfig(
-        vocab_size=VOCABULARY, hidden_size=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=None,
-        pad_token_id=None,
-    ),
-}  # fmt: skip
 CLAIM = MeasuredClaim(
     id="made_up", kind="perplexity", statement="made up", model="toy/model", dataset="kjv",
     source=Source(where="nowhere", seen_at="a test", evidence="primary"), setting=MappingProxyType({"w_bits": 8}),
     metric="token_perplexity", value=1.0, baselines=MappingProxyType({}), protocol="reference-kjv-256-short/1",
     config=MappingProxyType({"w_bits": 8}), tolerance=Tolerance(why="a test", rel=0.01),
 )  # fmt: skip
-
-
-UNLIKE = (
-    "opt",
-    "llama",
-    "qwen3",
-    "gemma2",
-    "phi",
-    "gpt_neox",
-    "bloom",
-)  # the others are built like one of these
-IMPLS = sorted({paper.impl for paper in load_catalog().papers.values() if paper.impl})
-
-
-def small(module) -> dict[str, object]:
-    """The module's own settings for tiny models, with groups that fit 64 inputs."""
-    names = {field.name for field in fields(module.Config)}
-    groups = {"group_size": 32} if "group_size" in names and (module.Config().group_size or 0) > 64 else {}
-    return groups | getattr(module, "TINY", {})
 
 
 @pytest.fixture(scope="module")
@@ -120,12 +66,9 @@ def test_a_family_runs_from_disk_to_verdict(papers: dict[str, Paper], models_dir
 @pytest.mark.parametrize("name", IMPLS)
 def test_every_method_runs_on_a_family_or_says_why_not(name: str, family: str) -> None:
     """Untrained models with grouped queries where the family has them: finite logits, or one error that names both."""
-    torch.manual_seed(0)
-    config = copy.deepcopy(FAMILIES[family])  # saving in bfloat16 leaves its mark on a config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
-    module, tokens = load_impl(name), torch.randint(1, VOCABULARY, (8, 32))
+    model, module = made(family), load_impl(name)
     try:
-        quantized = module.quantize(model, tokens, module.Config(**small(module)))
+        quantized = module.quantize(model, tokens(), module.Config(**small(module)))
     except UnsupportedModelError as reason:
         named = type(model).__name__ in str(reason) or any(
             type(part).__name__ in str(reason) for part in model.modules()
@@ -133,7 +76,7 @@ def test_every_method_runs_on_a_family_or_says_why_not(name: str, family: str) -
         assert named or "this model" in str(reason), f"does not name what it cannot quantize: {reason}"
         return
     with torch.no_grad():
-        logits = quantized(tokens[:2]).logits
+        logits = quantized(tokens(2)).logits
     assert logits.shape == (2, 32, VOCABULARY) and torch.isfinite(logits).all()
 
 

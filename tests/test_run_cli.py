@@ -14,6 +14,7 @@ from requant.catalog import ledger, parallel, plan
 from requant.catalog.claims import Measurement, measure
 from requant.catalog.cli import app
 from requant.catalog.loader import load_catalog
+from requant.catalog.terminal import max_memory
 
 RUNNER = CliRunner()
 KEYS = {"paper", "claim", "kind", "reported", "measured", "state", "reason", "seconds", "protocol"}
@@ -105,6 +106,60 @@ def test_a_plan_measures_nothing_and_says_why_not(tmp_path: Path, monkeypatch: p
     timed = [row for row in rows.values() if row["kind"] == "ordering"]
     assert timed and all(row["basis"] == "formula" and row["seconds"] > 1 for row in timed)
     assert "memory: 2 models x parameters x 4 bytes" in result.output
+
+
+def test_a_plan_names_what_takes_a_device_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two models of 125 million parameters take 1 GB in float32."""
+    monkeypatch.setattr(plan, "flop_rate", lambda device: 1e9)
+    folder = tmp_path / "facebook" / "opt-125m"
+    folder.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text("{}")
+    wiki = tmp_path / "wiki.parquet"
+    wiki.touch()
+    usual = ("rtn", "--dry-run", "--models-dir", str(tmp_path), "--json", str(tmp_path / "plan.json"))
+    usual += ("--data", f"Salesforce/wikitext:test={wiki}")
+
+    def planned(free: int, *more: str) -> tuple[str, list[dict]]:
+        monkeypatch.setattr(plan, "free_memory", lambda device: free)
+        result = run(*usual, *more)
+        assert result.exit_code == 0, result.output
+        rows = json.loads((tmp_path / "plan.json").read_text())
+        return " ".join(result.output.split()), [row for row in rows if row["model"] == "facebook/opt-125m"]
+
+    output, rows = planned(2 * 10**9)
+    assert all(row["fits"] for row in rows) and any(row["runs"] for row in rows)
+    assert "device map" not in output
+    output, rows = planned(10**9 - 1)
+    assert not any(row["fits"] for row in rows) and any(row["runs"] for row in rows)
+    assert "more than the memory of cpu: facebook/opt-125m" in output and "--device auto" in output
+    output, rows = planned(10**9 - 1, "--device", "auto")
+    assert not any(row["runs"] for row in rows) and any("--offload-dir" in row["reason"] for row in rows)
+    output, rows = planned(
+        10**10, "--device", "auto", "--max-memory", "cpu=0.9GB", "--offload-dir", str(tmp_path)
+    )
+    assert any(row["runs"] for row in rows) and "loaded by accelerate's device map" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("--max-memory", "cpu=1GB"), "--device auto"),
+        (("--device", "auto", "--max-memory", "gpu=1GB"), "DEVICE=SIZE"),
+        (("--device", "auto", "--max-memory", "cpu=much"), "DEVICE=SIZE"),
+    ],
+)
+def test_a_wrong_limit_of_memory_is_one_line(arguments: tuple[str, ...], hint: str) -> None:
+    result = run("rtn", *arguments)
+    assert result.exit_code == 2 and hint in result.output + result.stderr
+
+
+def test_limits_of_memory_are_read_as_accelerate_reads_them() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    sizes = ("20GiB", "1.5GB", "300MB", "7KiB")
+    found = max_memory([f"{index}={size}" for index, size in enumerate(sizes)], "auto")
+    assert found == accelerate.utils.get_max_memory(dict(enumerate(sizes)))
+    assert max_memory(["cpu=64GiB"], "auto") == {"cpu": 64 * 2**30}
 
 
 def test_time_left_comes_from_what_was_measured() -> None:
