@@ -7,7 +7,7 @@ Deviates  the layer's bias takes part in the search (the released code leaves it
           search sums the errors of all weights, because the code weighs its salient and its other part alike; the
           absolute 0.01 that the code adds to H is left out; scales, and the means of 1-bit groups, are rounded to
           float16, the precision they are stored in; where only H is known and no inputs (`pack_weight` alone), the rows
-          of a factor of H stand in for them. SliM-LLM+ (`plus`) searches widths on what its own blocks give, and runs in
+          of a factor of H stand in for them. SliM-LLM+ (`plus`) searches widths on what its own blocks give, in
           float32; a layer on its own has the ranges that learning starts from
 """
 
