@@ -176,7 +176,7 @@ def learn_blocks(
 # --- one layer ------------------------------------------------------------------------------------------------------
 
 
-def _learn_clipping(W: Tensor, H: Tensor | None, cfg: Config) -> ClippingStrengths:
+def learn_clipping(W: Tensor, H: Tensor | None, cfg: Config) -> ClippingStrengths:
     """LWC for one layer alone: the loss is the error of its output, tr((Q - W) H (Q - W)^T)."""
     groups = _quant.grouped(W, cfg.group_size)
     clip = ClippingStrengths(groups, cfg.clip_init if cfg.lwc else math.inf)
@@ -196,7 +196,7 @@ def _learn_clipping(W: Tensor, H: Tensor | None, cfg: Config) -> ClippingStrengt
 def pack_weight(W: Tensor, H: Tensor | None, cfg: Config) -> dict[str, Tensor]:
     """The tensors stored for one layer; what was learned is in the scales and zero points, or in W itself."""
     groups = _quant.grouped(W, cfg.group_size)
-    scale, zero_point = _learn_clipping(W, H, cfg).stored_grid(groups, cfg.w_bits, cfg.symmetric)
+    scale, zero_point = learn_clipping(W, H, cfg).stored_grid(groups, cfg.w_bits, cfg.symmetric)
     codes = _quant.quantize(groups, scale, zero_point, cfg.w_bits)
     return _quant.pack_affine(codes, scale, zero_point, cfg.w_bits, cfg.symmetric)
 
@@ -209,7 +209,7 @@ def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
 @torch.no_grad()
 def quantize_weight(W: Tensor, H: Tensor | None, cfg: Config) -> Tensor:
     """LWC on one layer [d_out, d_in] by its own output error (blocks learn all layers jointly), dequantized."""
-    clip = _learn_clipping(W, H, cfg)
+    clip = learn_clipping(W, H, cfg)
     return clip.fake_quantize(_quant.grouped(W, cfg.group_size), cfg.w_bits, cfg.symmetric).flatten(1)
 
 
