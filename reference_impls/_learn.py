@@ -83,11 +83,11 @@ def affine_ste(
     return _AffineSTE.apply(x, scale, zero_point, offset, bits)
 
 
-def clipped_grid(x: Tensor, bits: int, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+def clipped_grid(x: Tensor, bits: int, low: Tensor | float, high: Tensor | float) -> tuple[Tensor, Tensor]:
     """Scale and zero point [..., 1] of the range from low * min(x, 0) to high * max(x, 0); differentiable.
 
     Args:
-        x: [..., n] float32; low, high: [..., 1] share of each end of the range that is kept, in (0, 1].
+        x: [..., n] float32; low, high: numbers or [..., 1], share of each end of the range that is kept, in (0, 1].
     """
     bottom = low * x.amin(-1, keepdim=True).clamp(max=0)
     top = high * x.amax(-1, keepdim=True).clamp(min=0)
@@ -223,11 +223,11 @@ class ClippingStrengths(nn.Module):
         return affine_ste(groups, *grid(groups, bits, symmetric), bits)
 
 
-def token_ste(x: Tensor, bits: int) -> Tensor:
+def token_ste(x: Tensor, bits: int, clip_ratio: float = 1.0) -> Tensor:
     """Asymmetric rounding of each last-dimension slice, differentiable in x and through its range (activations)."""
     if not x.requires_grad:
-        return clipped_fake_quant(x, bits)
-    return affine_ste(x, *clipped_grid(x, bits, 1.0, 1.0), bits)
+        return clipped_fake_quant(x, bits, clip_ratio)
+    return affine_ste(x, *clipped_grid(x, bits, clip_ratio, clip_ratio), bits)
 
 
 def reconstruct(

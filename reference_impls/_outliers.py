@@ -7,7 +7,7 @@ added to the tensors of a packed matrix and count as storage, indices included.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from requant.reference_impls._quant import QuantizationError
 
@@ -44,6 +44,28 @@ def join_columns(rest: Tensor, packed: dict[str, Tensor]) -> Tensor:
 def column_bits(n: int, d_out: int, d_in: int) -> float:
     """Bits per weight of the whole layer that n float16 columns and their int32 indices take."""
     return n * (16 + 32 / d_out) / d_in
+
+
+class TunableColumns(nn.Module):
+    """A linear of which some columns can be trained: y = W x with those columns at 0, plus V x[columns].
+
+    The backward pass to V keeps x[columns] alone, n features of d_in.
+    """
+
+    def __init__(self, linear: nn.Linear, columns: Tensor):
+        super().__init__()
+        self.linear, self.columns = linear, columns
+        self.values = nn.Parameter(linear.weight.detach()[:, columns].float())
+        linear.weight.data[:, columns] = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + nn.functional.linear(x[..., self.columns], self.values.to(x.dtype))
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """The linear with the columns, rounded to float16, back in their places."""
+        self.linear.weight[:, self.columns] = self.values.half().to(self.linear.weight.dtype)
+        return self.linear
 
 
 def pack_entries(W: Tensor, mask: Tensor) -> dict[str, Tensor]:

@@ -49,6 +49,7 @@ class Config:
     weight_decay: float = 0.0  # code, --wd
     clip_init: float = 4.0  # code: logit, 0.982 of the range
     alpha: float = 0.5  # code, --alpha: the diagonal starts as in SmoothQuant; 0.75 for LLaMA-2-7B at W4A4
+    all_readers: bool = True  # as OmniQuant here; the code: the weights of q and of up alone (False)
     min_scale: float = 1e-2  # code: smaller entries (but for zeros) are pushed to it
     aug_loss: bool = False  # code, --aug_loss
     tie_rotary: bool = False  # of OmniQuant's diagonal query-key scale, if rotary_query_key

@@ -72,6 +72,7 @@ def round_columns(
     quantize: Callable = _quant.quantize,
     widths: Sequence[int] | Tensor | None = None,
     kept: Tensor | None = None,
+    pruned: tuple[int, int] | None = None,
 ) -> Rounded:
     """Algorithm 1: round W column by column, each error spread over the columns still to come.
 
@@ -83,6 +84,8 @@ def round_columns(
         quantize: (x [d_out], scale, zero_point, bits) -> codes, if not `_quant.quantize`.
         widths: the `bits` of each group, n_groups ints or a tensor [n_groups, d_out]; None: w_bits everywhere.
         kept: bool [d_out, d_in], weights that are compensated but not rounded, and count as 0 for the grids.
+        pruned: (n, m): of every m columns that follow each other in processing order n weights of a row become 0, those
+            with the least w^2 / U_jj^2 (SparseGPT, arXiv:2301.00774); kept weights are spared.
     Raises: QuantizationError if group_size does not divide d_in, or H + damping is not positive definite.
     """
     d_in = W.shape[1]
@@ -116,6 +119,12 @@ def round_columns(
         for j in range(begin, end):
             s, z = scale[group[j]], zero_point[group[j]]
             codes[j] = quantize(rest[j], s, z, widths[group[j]])
+            if pruned is not None:
+                if j % pruned[1] == 0:
+                    ahead = slice(j, j + pruned[1])
+                    salience = (rest[ahead] / U.diagonal()[ahead, None]).square()
+                    zeros = salience.argsort(dim=0, stable=True).argsort(dim=0) < pruned[0]  # [m, d_out]
+                codes[j] = torch.where(zeros[j % pruned[1]], z, codes[j])
             value = _quant.dequantize(codes[j], s, z)
             if kept is not None:
                 value = values[j] = torch.where(keep[j], rest[j].half().float(), value)

@@ -4,7 +4,8 @@ Paper     Kim et al., ICML 2025, arXiv:2505.07004v4 (numbers below refer to v4) 
 Scope     weights of nn.Linear in decoder blocks; activations, embeddings and lm_head untouched
 Deviates  the codebook solves the normal equations in float64 (the code: least squares on a Cholesky factor, float32);
           everything is float32 (the code: bfloat16 model and saliencies); k-means is Lloyd's from k-means++, at most
-          50 rounds, ended earlier where it stands still; the hosts QTIP and SpinQuant are not offered, plain GPTQ is
+          50 rounds, ended earlier where it stands still; SpinQuant as a host takes the Hessians of all layers from the
+          unquantized rotated model, as the others do; the host QTIP is not offered, plain GPTQ is
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from requant.reference_impls import _codebook, _quant, gptq
+from requant.reference_impls import _codebook, _quant, gptq, spinquant
 from requant.reference_impls._codebook import Coded, made_definite, objective
 from requant.reference_impls._gradients import output_gradients
 from requant.reference_impls._hessian import gram
@@ -38,17 +39,22 @@ class Config:
     """Defaults: LNQ + GuidedQuant at 2 bits, the 7B and 13B rows of Table 3."""
 
     w_bits: int = 2  # Table 3 (also 3 and 4)
-    quantizer: str = "lnq"  # Table 3; kmeans: its start, SqueezeLLM; gptq: even levels per row, by GPTQ
+    quantizer: str = (
+        "lnq"  # Table 3; kmeans: its start, SqueezeLLM; gptq: even levels a row; spinquant: Table 5
+    )
     n_channel_groups: int | None = 4  # g of the 7B and 13B rows; 2 for 70B, 1 in W4A4; None = plain X^T X
     n_iters: int = 2  # T of the 7B and 13B rows; 1 for 70B (code: 3, of which one fits the codebook only)
     cd_cycles: int = 4  # K of all published rows
     codebook_ridge: float = 1e-7  # code, update_C
     grad_scale: float = 1e3  # code, gradients.py: factor of gradients before they are squared
-    damp_ratio: float = 0.01  # quantizer gptq only: fraction of mean(diag H)
-    seed: int = 0  # k-means++
+    damp_ratio: float = 0.01  # quantizers gptq and spinquant: fraction of mean(diag H)
+    a_bits: int | None = 4  # Table 5; quantizer spinquant only, as the next two
+    kv_bits: int | None = 4  # Table 5; None = 16 bits
+    rotation_steps: int = 100  # SpinQuant's: steps of learning rotations
+    seed: int = 0  # k-means++; SpinQuant's initial rotations
 
     def __post_init__(self) -> None:
-        check_choices(self, quantizer=("lnq", "kmeans", "gptq"))
+        check_choices(self, quantizer=("lnq", "kmeans", "gptq", "spinquant"))
 
 
 # --- guidance: what the loss says about outputs and weights -----------------------------------------------------------
@@ -174,14 +180,35 @@ def quantize_weight(W: Tensor, H: Tensor, cfg: Config, fisher: Tensor | None = N
     H = H[None] if H.ndim == 2 else H
     if cfg.quantizer == "gptq":
         return _quant.dequantize(*_affine(W, H, cfg)).flatten(1)
+    if cfg.quantizer == "spinquant":
+        parts = zip(W.unflatten(0, (len(H), -1)), H, strict=True)
+        return torch.cat([spinquant.quantize_weight(w, h, _spinquant(cfg)) for w, h in parts])
     return _code(W, H, cfg, fisher).dequantize()
+
+
+def _spinquant(cfg: Config) -> spinquant.Config:
+    return spinquant.Config(
+        cfg.w_bits,
+        cfg.a_bits,
+        cfg.kv_bits,
+        damp_ratio=cfg.damp_ratio,
+        steps=cfg.rotation_steps,
+        seed=cfg.seed,
+    )
 
 
 @torch.no_grad()
 def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
-    """Gradients of the loss once, then every linear on the inputs that the unquantized model gives it."""
+    """Gradients of the loss once, then every linear on the inputs that the unquantized model gives it.
+
+    With quantizer spinquant that model is the rotated one; activations and cache are rounded in the end.
+    """
     check_calib(calib)
     require_whole(model, "guidedquant")
+    spins = cfg.quantizer == "spinquant"
+    if spins:
+        how = _spinquant(cfg)
+        model = spinquant.rotate(model, spinquant.learn_rotations(model, calib, how), how)
     found = guides(model, calib, cfg)
     model = copy_model(model)
     for block, guide in zip(walk_blocks(model, calib, propagate="original"), found, strict=True):
@@ -189,6 +216,8 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
         for name, linear in named_linears(block.module).items():
             W, H = linear.weight.float(), hessians.get(name, torch.empty(1, 0, 0))
             linear.weight.copy_(quantize_weight(W, H, cfg, guide[name].fisher))
+    if spins:
+        spinquant.quantize_flow(model, how)
     return model
 
 
@@ -197,6 +226,10 @@ def pack_weight(W: Tensor, H: Tensor, cfg: Config) -> dict[str, Tensor]:
     H = H[None] if H.ndim == 2 else H
     if cfg.quantizer == "gptq":
         return _quant.pack_affine(*_affine(W, H, cfg), cfg.w_bits, symmetric=False)
+    if cfg.quantizer == "spinquant":
+        if len(H) > 1:
+            raise QuantizationError("quantizer spinquant stores a matrix of one channel group: give one H")
+        return spinquant.pack_weight(W, H[0], _spinquant(cfg))
     return _code(W, H, cfg, None).pack(cfg.w_bits)
 
 
@@ -204,11 +237,15 @@ def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
     """Inverse of `pack_weight`: float32 [d_out, d_in]."""
     if cfg.quantizer == "gptq":
         return _quant.unpack_affine(packed, cfg.w_bits, symmetric=False)
+    if cfg.quantizer == "spinquant":
+        return spinquant.unpack_weight(packed, _spinquant(cfg))
     return _codebook.unpack(packed, cfg.w_bits)
 
 
 def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
-    """b + 16 * 2^b / d_in, the codebook of each output channel; with gptq b + (16 + b) / d_in."""
+    """b + 16 * 2^b / d_in, the codebook of each channel; with gptq b + (16 + b) / d_in, with spinquant its own."""
     if cfg.quantizer == "gptq":
         return _quant.affine_bits(cfg.w_bits, None, d_in, symmetric=False)
+    if cfg.quantizer == "spinquant":
+        return spinquant.bits_per_weight(d_out, d_in, _spinquant(cfg))
     return cfg.w_bits + 16 * 2**cfg.w_bits / d_in

@@ -2,7 +2,7 @@
 
 Paper     Hu et al., 2024, arXiv:2405.17849v2 (numbers below refer to v2)   Entry  papers/i_llm.yaml
 Scope     decoder blocks of Llama, Mistral and Qwen2, all operators; embeddings, final norm and lm_head stay float
-Deviates  FSBR follows the official code, but q/k factors are tied over rotary pairs, so that they cancel; ranges of
+Deviates  FSBR follows the official code, but q/k factors are tied over rotary pairs (tie_rotary); ranges of
           activations include 0, and weights end on dyadic grids. The code has no integer operator: those here are
           reconstructed from implementations by others of Algorithms 1-4 and Eqs. 2-8. DI-Exp gets guard bits (0 = as
           printed), and M of DI-SwiGLU is at least 0. The residual stream has 16-bit codes a token, from which DI-Norm
@@ -60,6 +60,7 @@ class Config:
     batch_size: int = 1  # code, --batch_size
     let_lr: float = 5e-3  # code, --let_lr
     lwc_lr: float = 1e-2  # code, --lwc_lr
+    tie_rotary: bool = True  # query-key factors cancel only then; the code leaves pairs free (False)
     integer: bool = True  # False: fake quantization, all that the code can evaluate
     seed: int = 0  # order of the samples (code: 2)
 
@@ -135,7 +136,7 @@ class Smoothing(nn.Module):
         now, f = Folded(self.block[0].module), self.factors
         for name, site in self.sites.items():
             site.fold_into(now, f[name])
-        self.query_key.fold_into(now, self.query_key.tie(f["qk"]))
+        self.query_key.fold_into(now, self.query_key.tie(f["qk"]) if self.cfg.tie_rotary else f["qk"])
         every = torch.arange(self.parts.up.out_features)
         now.scale_rows(self.parts.gate, every, 1 / f["act"])
         now.scale_rows(self.parts.up, every, f["act"])

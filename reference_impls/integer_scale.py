@@ -3,21 +3,29 @@
 Paper     Li et al., 2024, arXiv:2405.14597v2 (numbers below refer to v2)   Entry  papers/integer_scale.yaml
 Scope     weights and inputs of nn.Linear in decoder blocks; embeddings, lm_head, norms, attention and cache untouched
 Deviates  no official code was found, and the paper was read in abstracts and summaries: the numbers of equations, the
-          default of the amplifier and its heuristic are recalled. Weights come from rounding to nearest or GPTQ; AWQ,
-          OmniQuant and rotations would be applied before. A scale that would become 0, or a sum that could leave int32,
-          is an error. Products and sums are int32 tensors; activation scales, and the one conversion, are float32
+          default of the amplifier, its heuristic, and what Llama-3 gets (rotation, more bits for down_proj) are
+          recalled. AWQ searches its scales on its own asymmetric grid; OmniQuant learns clipping alone, with unrounded
+          activations; a layer on its own has AWQ's clipping, and OmniQuant's for its own output. A scale that would
+          become 0, or a sum that could leave int32, is an error. Products and sums are int32 tensors; activation
+          scales, and the one conversion, are float32
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from requant.reference_impls import _quant, gptq
+from requant.reference_impls import _quant, awq, gptq, omniquant, quarot
+from requant.reference_impls._activation import bare
+from requant.reference_impls._anatomy import anatomy
+from requant.reference_impls._clipping import ClippedWeight, learn_ranges
+from requant.reference_impls._learn import ClippingStrengths
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._walk import (
+    Block,
     check_calib,
     copy_model,
     named_linears,
@@ -25,6 +33,9 @@ from requant.reference_impls._walk import (
     visit_blocks,
     walk_blocks,
 )
+
+_LWC_LR = 1e-2  # OmniQuant's scripts
+_BASES = ("rtn", "gptq", "awq", "omniquant")
 
 
 @dataclass(frozen=True)
@@ -36,13 +47,20 @@ class Config:
     group_size: int | None = 128  # inputs per scale
     amplifier: int | None = 1024  # recalled; None = the heuristic: double until all scales reach 1
     extra_bits: int = 0  # doublings on top of the heuristic; ours, 0 = as the paper
-    rounding: str = "rtn"  # base quantizer: "rtn", which needs no data, or "gptq"
+    rounding: str = (
+        "rtn"  # base quantizer: "rtn", which needs no data, "gptq", "awq" or "omniquant" (abstract)
+    )
+    rotate: bool = False  # recalled, for Llama-3: QuaRot's rotations before anything else
+    down_bits: int | None = None  # recalled, for Llama-3: weights of down_proj; None = w_bits
+    epochs: int = 20  # of base "omniquant", its Sec. 4.1
     integer: bool = True  # False = float group scales, the scheme it is compared with
 
     def __post_init__(self) -> None:
-        check_choices(self, rounding=("rtn", "gptq"))
-        if not (2 <= self.w_bits <= 8 and 2 <= self.a_bits <= 8):
-            raise QuantizationError("w_bits and a_bits must be from 2 to 8: codes are 8-bit integers")
+        check_choices(self, rounding=_BASES)
+        if not all(2 <= bits <= 8 for bits in (self.w_bits, self.a_bits, self.down_bits or 8)):
+            raise QuantizationError(
+                "w_bits, a_bits and down_bits must be from 2 to 8: codes are 8-bit integers"
+            )
         if self.amplifier is not None and (self.amplifier < 1 or self.amplifier & (self.amplifier - 1)):
             raise QuantizationError(f"amplifier {self.amplifier} is no power of two")
 
@@ -50,20 +68,38 @@ class Config:
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def base_codes(W: Tensor, H: Tensor | None, cfg: Config) -> tuple[Tensor, Tensor]:
-    """Signed codes int8 [d_out, n_groups, group] and float scales [d_out, n_groups, 1] of the base quantizer."""
-    if cfg.rounding == "rtn":
-        groups = _quant.grouped(W, cfg.group_size)
-        scale, zero_point = _quant.absmax_qparams(groups, cfg.w_bits)
-        codes = _quant.quantize(groups, scale, zero_point, cfg.w_bits)
-    else:
-        if H is None:
-            raise QuantizationError('rounding "gptq" needs H, the second moments of the inputs, from calib')
+def base_codes(
+    W: Tensor, H: Tensor | None, cfg: Config, clipping: ClippingStrengths | None = None
+) -> tuple[Tensor, Tensor]:
+    """Signed codes int8 [d_out, n_groups, group] and float scales [d_out, n_groups, 1] of the base quantizer.
+
+    Args:
+        clipping: OmniQuant's learned strengths of the groups; None: learned on the output error of this layer.
+    """
+    if cfg.rounding != "rtn" and H is None and clipping is None:
+        raise QuantizationError(
+            f"rounding {cfg.rounding!r} needs H, the second moments of the inputs, from calib"
+        )
+    if cfg.rounding == "gptq":
         how = gptq.Config(cfg.w_bits, cfg.group_size, symmetric=True)
         rounded = gptq.round_columns(W, H, how, _quant.absmax_qparams)
         codes = _quant.grouped(rounded.codes.T, cfg.group_size)
         scale, zero_point = rounded.scale.T[..., None], rounded.zero_point.T[..., None]
+        return (codes - zero_point).to(torch.int8), scale
+    if cfg.rounding == "awq":
+        W = awq.clip_weight(W, H, _awq_config(cfg))
+    groups = _quant.grouped(W, cfg.group_size)
+    scale, zero_point = _quant.absmax_qparams(groups, cfg.w_bits)
+    if cfg.rounding == "omniquant":
+        how = omniquant.Config(cfg.w_bits, group_size=cfg.group_size, symmetric=True, lwc_lr=_LWC_LR)
+        clipping = omniquant.learn_clipping(W, H, how) if clipping is None else clipping
+        scale, zero_point = clipping.stored_grid(groups, cfg.w_bits, symmetric=True)
+    codes = _quant.quantize(groups, scale, zero_point, cfg.w_bits)
     return (codes - zero_point).to(torch.int8), scale
+
+
+def _awq_config(cfg: Config) -> awq.Config:
+    return awq.Config(cfg.w_bits, cfg.group_size)
 
 
 def choose_amplifier(scale: Tensor, cfg: Config) -> int:
@@ -151,13 +187,13 @@ class GroupedLinear(nn.Module):
     With float scales every group's sum is converted on its own instead: y = s_a sum_g s_g float(x_g . w_g) (Eq. 1).
     """
 
-    def __init__(self, linear: nn.Linear, H: Tensor | None, cfg: Config):
+    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None, cfg: Config):
+        """codes and scale from `base_codes`."""
         super().__init__()
-        codes, scale = base_codes(linear.weight.float(), H, cfg)
         S, self.amplifier = integer_scales(codes, scale, cfg) if cfg.integer else (scale, 1)
         self.register_buffer("codes", codes)  # int8 [d_out, n_groups, group]
         self.register_buffer("scale", S)  # int32 (or float32) [d_out, n_groups, 1]
-        self.bias, self.a_bits = linear.bias, cfg.a_bits
+        self.bias, self.a_bits = bias, cfg.a_bits
 
     @property
     def weight(self) -> Tensor:
@@ -190,20 +226,56 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
     """Replace every linear of the decoder blocks by a `GroupedLinear`.
 
     Args:
-        calib: int64 [n_samples, seqlen]; used by rounding "gptq" only, None else.
-    Raises: QuantizationError as `integer_scales`, for groups that do not divide an input, or GPTQ without calib.
+        calib: int64 [n_samples, seqlen]; not used by rounding "rtn", None there.
+    Raises: QuantizationError as `integer_scales`, for groups that do not divide an input, or a base without calib.
     """
-    model = copy_model(model)
+    model = quarot.rotate(model, quarot.Config()) if cfg.rotate else copy_model(model)
+    if cfg.rounding == "awq":  # scales folded and ranges clipped: what is left is rounding to nearest
+        model, cfg = awq.transform(model, calib, _awq_config(cfg)), replace(cfg, rounding="rtn")
     if cfg.rounding == "rtn":
         for module in visit_blocks(model):
-            _replace_linears(module, {}, cfg)
+            _replace_linears(module, lambda name, W, own: base_codes(W, None, own), cfg)
         return model
     check_calib(calib)
-    for block in walk_blocks(model, calib):
-        _replace_linears(block.module, block.hessians(), cfg)
+    for block in walk_blocks(model, calib, propagate="both" if cfg.rounding == "omniquant" else "quantized"):
+        if cfg.rounding == "gptq":
+            hessians = block.hessians()
+            _replace_linears(block.module, lambda name, W, own, H=hessians: base_codes(W, H[name], own), cfg)
+            continue
+        weights, clips = _learn(block, cfg)
+        _replace_linears(
+            block.module,
+            lambda name, _W, own, weights=weights, clips=clips: base_codes(
+                weights[name], None, own, clips[name].strengths
+            ),
+            cfg,
+        )
     return model
 
 
-def _replace_linears(block: nn.Module, hessians: dict[str, Tensor], cfg: Config) -> None:
-    for name, linear in named_linears(block).items():
-        replace_module(block, name, GroupedLinear(linear, hessians.get(name), cfg))
+def _learn(block: Block, cfg: Config) -> tuple[dict[str, Tensor], dict[str, ClippedWeight]]:
+    """OmniQuant's clipping of a block's groups, symmetric, with the settings of its scripts; and the weights before."""
+    linears = named_linears(block.module)
+    weights = {name: linear.weight.float().clone() for name, linear in linears.items()}
+    clips = {
+        name: ClippedWeight(W, _own(cfg, block.module, linears[name]).w_bits, cfg.group_size, True)
+        for name, W in weights.items()
+    }
+    learn_ranges(block, clips, lr=_LWC_LR, epochs=cfg.epochs, batch_size=1)
+    return weights, clips
+
+
+def _own(cfg: Config, block: nn.Module, linear: nn.Linear) -> Config:
+    """The settings of one linear: down_proj may have other bits."""
+    if cfg.down_bits is None or linear is not bare(anatomy(block)).down:
+        return cfg
+    return replace(cfg, w_bits=cfg.down_bits)
+
+
+def _replace_linears(
+    block: nn.Module, codes: Callable[[str, Tensor, Config], tuple[Tensor, Tensor]], cfg: Config
+) -> None:
+    linears = {name: (linear, _own(cfg, block, linear)) for name, linear in named_linears(block).items()}
+    for name, (linear, own) in linears.items():
+        made = codes(name, linear.weight.float(), own)
+        replace_module(block, name, GroupedLinear(*made, linear.bias, own))

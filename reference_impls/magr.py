@@ -6,19 +6,21 @@ Deviates  the prox finds its threshold by Newton's method instead of sorting (sa
           tokens, as the paper says (the code: the last sequence); coordinate descent at 2 bits per channel only, as
           the paper says (the code: at least one sweep everywhere); sweeps on groups keep GPTQ's grids (the code:
           new ones from rounded weights at every sweep); beta holds for round-to-nearest too, which the texts seen
-          leave open; zero points stay within their b bits; QuIP as a host is not offered
+          leave open; zero points stay within their b bits; before QuIP, whose settings in Table 9 were not seen, MagR
+          comes in the weights' own basis
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 
 import torch
 from torch import Tensor, nn
 
-from requant.reference_impls import _quant, gptq
+from requant.reference_impls import _quant, gptq, quip
 from requant.reference_impls._hessian import coordinate_sweep, damped
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._walk import check_calib
@@ -36,7 +38,9 @@ class Config:
     w_bits: int = 2  # Table 3 (also 3 and 4)
     group_size: int | None = None  # inputs per scale; None = whole row; 128 in Table 3
     symmetric: bool = False  # code, --sym off
-    quantizer: str = "optq"  # Table 3: optq (GPTQ) or rtn; none = preprocessing alone, Table 1
+    quantizer: str = (
+        "optq"  # Table 3: optq (GPTQ) or rtn; quip in Table 9; none = preprocessing alone, Table 1
+    )
     alpha: float = 1e-3  # Table 7, per channel; goes with H divided by its largest eigenvalue
     alpha_grouped: float = 1e-4  # code, MagR.py: in groups
     n_iters: int = 150  # K, the same in all experiments (code: 200)
@@ -45,9 +49,12 @@ class Config:
     cd_damp_ratio: float = 0.75  # code, optq.py: fraction of mean(diag H)
     damp_ratio: float = 0.01  # code, --percdamp
     block_size: int = 128  # code: columns per lazy batch of OPTQ
+    seed: int = 0  # of QuIP's rotations
 
     def __post_init__(self) -> None:
-        check_choices(self, quantizer=("optq", "rtn", "none"))
+        check_choices(self, quantizer=("optq", "rtn", "quip", "none"))
+        if self.quantizer == "quip" and (self.group_size is not None or self.symmetric):
+            raise QuantizationError("QuIP has one grid a layer: set group_size=None and symmetric=False")
 
     @property
     def kept_range(self) -> float:
@@ -167,6 +174,10 @@ def _round(W: Tensor, H: Tensor, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
     return codes.T.reshape(groups.shape), scale, zero_point
 
 
+def _quip(cfg: Config) -> quip.Config:
+    return quip.Config(cfg.w_bits, damp_ratio=cfg.damp_ratio, seed=cfg.seed)
+
+
 def quantize_weight(W: Tensor, H: Tensor, cfg: Config) -> Tensor:
     """MagR, then the host quantizer, dequantized: float32 [d_out, d_in].
 
@@ -174,27 +185,42 @@ def quantize_weight(W: Tensor, H: Tensor, cfg: Config) -> Tensor:
     """
     if cfg.quantizer == "none":
         return reduce_magnitude(W, H, cfg)
+    if cfg.quantizer == "quip":
+        return quip.quantize_weight(reduce_magnitude(W, H, cfg), H, _quip(cfg))
     return _quant.dequantize(*_round(W, H, cfg)).flatten(1)
 
 
 def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
     """Block by block, each on the outputs of the quantized blocks before it."""
     check_calib(calib)
-    return quantize_blockwise(model, calib, lambda W, H: quantize_weight(W, H, cfg))
+    if cfg.quantizer != "quip":
+        return quantize_blockwise(model, calib, lambda W, H: quantize_weight(W, H, cfg))
+    seeds = count(cfg.seed * 2**16)  # as QuIP: every matrix has rotations of its own
+
+    def rounding(W: Tensor, H: Tensor, _name: str) -> Tensor:
+        return quantize_weight(W, H, replace(cfg, seed=next(seeds)))
+
+    return quantize_blockwise(model, calib, rounding, stacked=False)
 
 
 def pack_weight(W: Tensor, H: Tensor, cfg: Config) -> dict[str, Tensor]:
-    """The tensors stored for one layer: packed codes, float16 scales, packed zero points."""
+    """The tensors stored for one layer: packed codes, float16 scales, packed zero points; or what QuIP stores."""
+    if cfg.quantizer == "quip":
+        return quip.pack_weight(reduce_magnitude(W, H, cfg), H, _quip(cfg))
     return _quant.pack_affine(*_round(W, H, cfg), cfg.w_bits, cfg.symmetric)
 
 
 def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
     """Inverse of `pack_weight`: float32 [d_out, d_in]."""
+    if cfg.quantizer == "quip":
+        return quip.unpack_weight(packed, _quip(cfg))
     return _quant.unpack_affine(packed, cfg.w_bits, cfg.symmetric)
 
 
 def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
-    """b + (16 + b)/g; 16 with quantizer none. MagR itself stores nothing."""
+    """b + (16 + b)/g, or QuIP's bits; 16 with quantizer none. MagR itself stores nothing."""
     if cfg.quantizer == "none":
         return 16.0
+    if cfg.quantizer == "quip":
+        return quip.bits_per_weight(d_out, d_in, _quip(cfg))
     return _quant.affine_bits(cfg.w_bits, cfg.group_size, d_in, cfg.symmetric)

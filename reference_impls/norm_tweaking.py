@@ -6,23 +6,26 @@ Scope     all weights and biases of norms in decoder blocks; the linears there a
 Deviates  reconstructed from descriptions of the paper, without official code: Adam's settings, one sample a step and
           the learning rate's growth with depth are such readings. A random first token is any token that occurs in
           calib, in place of the tokens of languages that dominate the training data, and follows the token that all
-          rows of calib begin with, if there is one (BOS). The learning rate is given, not searched. The host rounds
-          weights only (GPTQ or round-to-nearest), not activations
+          rows of calib begin with, if there is one (BOS). How the learning rate is searched was not read: lr_grid takes
+          the value with the least distance, over all blocks, on an eighth of the text that is held out. Activations are
+          rounded per token, symmetrically
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from requant.reference_impls import gptq, rtn
+from requant.reference_impls import _quant, gptq, rtn, smoothquant
+from requant.reference_impls._activation import wrap_linears
 from requant.reference_impls._generate import write_text
-from requant.reference_impls._learn import descend, in_order, samples
-from requant.reference_impls._quant import check_choices
+from requant.reference_impls._learn import descend, in_order, samples, straight_through
+from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._walk import (
     Block,
     UnsupportedModelError,
@@ -34,7 +37,7 @@ from requant.reference_impls._walk import (
 )
 
 TINY = {"lr": 1e-3}
-HOSTS = {"gptq": gptq, "rtn": rtn}
+HOSTS = {"gptq": gptq, "rtn": rtn, "smoothquant": rtn}  # the last one rounds to nearest what is smoothed
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,19 @@ class Config:
     w_bits: int = 4  # main table, recalled; also 2 with groups
     group_size: int | None = None  # inputs per scale; None = whole row
     symmetric: bool = False
-    host: str = "gptq"  # main table; rtn in the table of integrations
+    host: str = "gptq"  # main table; rtn and smoothquant in the table of integrations
+    a_bits: int | None = None  # table of integrations; None = not rounded
+    alpha: float = 0.5  # of host smoothquant
     generated: bool = True  # calibration text written by the model, as long as calib; off: calib itself
     n_iters: int = 1  # Algorithm 1: passes over the calibration text
     lr: float = 1e-5  # where the paper's grid search begins
+    lr_grid: tuple[float, ...] = ()  # values of lr to search; none: lr as it is
     lr_scale: float = 5.0  # growth of lr with depth; the default of the unofficial code
     batch_size: int = 1  # Algorithm 1: samples for each step
     seed: int = 0  # of the text
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "lr_grid", tuple(self.lr_grid))  # lists come from JSON
         check_choices(self, host=HOSTS)
 
 
@@ -112,22 +119,53 @@ def text_for(model: nn.Module, calib: Tensor, cfg: Config) -> Tensor:
     return write_text(model, calib, torch.Generator().manual_seed(cfg.seed)) if cfg.generated else calib
 
 
+def round_block(block: Block, cfg: Config) -> None:
+    """The host's rounding of a block, in place: its weights and, with a_bits, what its linears read."""
+    host, host_cfg = _host(cfg)
+    hessians: Mapping[str, Tensor] = block.hessians() if cfg.host == "gptq" else {}
+    for name, linear in named_linears(block.module).items():
+        linear.weight.copy_(host.quantize_weight(linear.weight.float(), hessians.get(name), host_cfg))
+    if cfg.a_bits is not None:
+        rounding = partial(_quant.absmax_fake_quant, bits=cfg.a_bits)
+        wrap_linears(block.module, partial(straight_through, rounding=rounding))
+
+
+@torch.no_grad()
+def tweaked(model: nn.Module, text: Tensor, cfg: Config, n_held_out: int = 0) -> tuple[nn.Module, float]:
+    """The quantized and tweaked model, and the distances of all blocks on the last rows of text, not trained on."""
+    model, far, n = copy_model(model), 0.0, len(text) - n_held_out
+    depth = len(decoder_blocks(model))
+    for block in walk_blocks(model, text):
+        targets = block.run()
+        round_block(block, cfg)
+        tweak(block, targets, n, cfg.lr * (1 + cfg.lr_scale * block.index / depth), cfg)
+        if n_held_out:
+            rest = torch.arange(n, len(text))
+            outputs = block.forward(samples(block.inputs, rest))
+            far += float(distance(samples(targets, rest), outputs))
+    return model, far
+
+
 def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
     """Quantize and tweak block by block (Algorithm 1).
 
     Both outputs of a block, before and after, are on what the quantized and tweaked blocks before it give.
     """
     check_calib(calib)
-    model = copy_model(model)
-    text, depth = text_for(model, calib, cfg), len(decoder_blocks(model))
-    host, host_cfg = _host(cfg)
-    for block in walk_blocks(model, text):
-        targets = block.run()
-        hessians: Mapping[str, Tensor] = block.hessians() if cfg.host == "gptq" else {}
-        for name, linear in named_linears(block.module).items():
-            linear.weight.copy_(host.quantize_weight(linear.weight.float(), hessians.get(name), host_cfg))
-        tweak(block, targets, len(text), cfg.lr * (1 + cfg.lr_scale * block.index / depth), cfg)
-    return model
+    text = text_for(model, calib, cfg)
+    if cfg.host == "smoothquant":
+        model = smoothquant.smooth(model, text, cfg.alpha)
+    if cfg.lr_grid:
+        cfg = replace(cfg, lr=search_lr(model, text, cfg))
+    return tweaked(model, text, cfg)[0]
+
+
+def search_lr(model: nn.Module, text: Tensor, cfg: Config) -> float:
+    """The lr of the grid that leaves the least distance on the last eighth of the text."""
+    n = max(1, len(text) // 8)
+    if len(text) <= n:
+        raise QuantizationError("lr_grid needs a second row of text to judge by; pass more samples")
+    return min(cfg.lr_grid, key=lambda lr: tweaked(model, text, replace(cfg, lr=lr), n)[1])
 
 
 def quantize_weight(W: Tensor, H: Tensor, cfg: Config) -> Tensor:
@@ -152,70 +190,3 @@ def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
     """The host's; norms have 16 bits before and after."""
     host, host_cfg = _host(cfg)
     return host.bits_per_weight(d_out, d_in, host_cfg)
-
-
-# --- invariants and findings named in papers/norm_tweaking.yaml -------------------------------------------------------
-
-
-def only_norms_change(ctx) -> float:
-    """Share of tensors outside the norms of blocks that differ from those of the host alone, rounding to nearest."""
-    cfg = Config(w_bits=3, host="rtn", lr=1e-3, generated=False)
-    tweaked = quantize(ctx.reference(), ctx.calib(8, 64), cfg)
-    alone = rtn.quantize(ctx.reference(), None, rtn.Config(w_bits=3)).state_dict()
-    norms = {id(p) for block in decoder_blocks(tweaked) for p in norm_parameters(block).values()}
-    others = [name for name, p in tweaked.named_parameters() if id(p) not in norms]
-    state = tweaked.state_dict()
-    return sum(not torch.equal(state[name], alone[name]) for name in others) / len(others)
-
-
-def no_steps_is_the_host(ctx) -> float:
-    """Largest difference of any tensor from the host's alone with a learning rate of 0."""
-    cfg = Config(w_bits=3, host="rtn", lr=0.0, generated=False)
-    idle = quantize(ctx.reference(), ctx.calib(8, 64), cfg).state_dict()
-    alone = rtn.quantize(ctx.reference(), None, rtn.Config(w_bits=3)).state_dict()
-    return max(float((idle[name] - alone[name]).abs().max()) for name in alone)
-
-
-def distance_sees_no_order(ctx) -> float:
-    """Distance of a layer's inputs from themselves in another order of tokens, relative to that from their doubles."""
-    _, _, X = ctx.layer("model.layers.1.mlp.down_proj")
-    shuffled = X[torch.randperm(len(X), generator=torch.Generator().manual_seed(0))]
-    return float(distance(X, shuffled) / distance(X, 2 * X))
-
-
-def mean_gaps(ctx) -> list[dict]:
-    """Mean |difference of channel means| from the unquantized model after the first and the last block.
-
-    Rounding to nearest at 2 bits a row; on corpus text, while the tweaked model saw its own.
-    """
-    models = {"tweaked": quantize(ctx.reference(), ctx.calib(32, 64), Config(2, host="rtn", lr=1e-3))}
-    models["plain"] = rtn.quantize(ctx.reference(), None, rtn.Config(w_bits=2))
-    tokens = ctx.test_windows(8)
-    means = {name: _channel_means(model, tokens) for name, model in models.items()}
-    exact = _channel_means(ctx.reference(), tokens)
-    return [
-        {"name": f"{name}_{place}", "value": float((found[index] - exact[index]).abs().mean())}
-        for name, found in means.items()
-        for place, index in (("first", 0), ("last", -1))
-    ]
-
-
-def _channel_means(model: nn.Module, tokens: Tensor) -> list[Tensor]:
-    return [torch.cat(block.run()).mean((0, 1)) for block in walk_blocks(model, tokens)]
-
-
-def held_out_distances(ctx) -> list[dict]:
-    """`distance` of the second block on corpus text, at 2 bits a row, by learning rate; as a share of the untweaked."""
-    text, values = text_for(ctx.reference(), ctx.calib(32, 64), Config()), {}
-    for name, lr in {"untweaked": 0.0, "small": 1e-5, "medium": 1e-3}.items():
-        model, other, cfg = copy_model(ctx.reference()), ctx.calib(48, 64)[32:], Config(w_bits=2)
-        block = next(
-            b for b in walk_blocks(model, torch.cat([text, other]), propagate="original") if b.index == 1
-        )
-        targets = block.run()
-        for linear in named_linears(block.module).values():
-            linear.weight.data = rtn.quantize_weight(linear.weight, None, rtn.Config(w_bits=2))
-        tweak(block, targets, len(text), lr, cfg)
-        with torch.no_grad():
-            values[name] = float(distance(targets[-1], block.forward(block.inputs[-1])))
-    return [{"name": name, "value": value / values["untweaked"]} for name, value in values.items()]

@@ -4,11 +4,10 @@ Paper     Shao et al., ICLR 2024, arXiv:2308.13137v3 (numbers below refer to v3)
 Scope     weights of nn.Linear in decoder blocks; with a_bits their inputs and, in attention, q, k and v; embeddings,
           norms, biases, softmax outputs and lm_head untouched
 Deviates  float32 instead of automatic mixed precision; ranges always contain zero; gradients also reach the zero point
-          (the official code cuts them there); finished scales are rounded to float16 and zero points follow; initial
-          scales look at all readers of a tensor, as SmoothQuant's do (the code: at q_proj and up_proj); shifts wherever
-          norm and linears have biases and activations are rounded (the code: for OPT); with grouped queries a group
-          shares its scales (the code learns none); no query-key scale where the projection is fused or a norm follows
-          it; under rotary embedding the two channels of a pair are tied unless tie_rotary is off
+          (the official code cuts them there); finished scales are rounded to float16 and zero points follow; shifts
+          wherever norm and linears have biases and activations are rounded (the code: for OPT); with grouped queries a
+          group shares its scales (the code learns none); no query-key scale where the projection is fused or a norm
+          follows it; under rotary embedding the two channels of a pair are tied unless tie_rotary is off
 """
 
 from __future__ import annotations
@@ -56,6 +55,9 @@ class Config:
     weight_decay: float = 0.0  # code, --wd
     clip_init: float = 4.0  # code: logit, 0.982 of the range
     alpha: float = 0.5  # code, --alpha: initial scales are SmoothQuant's; 0.75 in some W4A4 scripts
+    all_readers: bool = (
+        True  # SmoothQuant's Eq. 4; the code looks at the weights of q and of up alone (False)
+    )
     min_scale: float = 1e-2  # code: scales below it in magnitude are pushed to it
     aug_loss: bool = False  # code, --aug_loss: second distance, from the original block on quantized inputs
     tie_rotary: bool = True  # Eq. 5 is an equivalence only then; the code leaves pairs free (False)
@@ -64,14 +66,17 @@ class Config:
 # --- learnable equivalent transformation (Sec. 3.3) -----------------------------------------------------------------
 
 
-def initial_transform(block: Block, site: Site, alpha: float) -> tuple[Tensor, Tensor]:
+def initial_transform(block: Block, site: Site, cfg: Config) -> tuple[Tensor, Tensor]:
     """Scale and shift [channels written] of a site, from what its readers are fed in the original model.
 
     The scale is SmoothQuant's (its Eq. 4), the shift the running mean over samples of each channel's mid-range, as in
     Outlier Suppression+.
     """
     peak, middle = channel_ranges(block, site)
-    scale = smoothing_factors(peak, [linear.weight for linear in site.linears], alpha)
+    readers = site.linears
+    if not cfg.all_readers:
+        readers = [readers[-1 if site.name == "mlp_norm" else 0]]
+    scale = smoothing_factors(peak, [linear.weight for linear in readers], cfg.alpha)
     return site.written(scale), site.written(middle)
 
 
@@ -90,7 +95,7 @@ class BlockLearner(nn.Module):
             self.sites = [site for site in sites(parts, model.config) if site.name != "up"]  # not before down
             self.pair = query_key(parts, model.config, block.kwargs)
             for site in self.sites:
-                scale, shift = initial_transform(block, site, cfg.alpha)
+                scale, shift = initial_transform(block, site, cfg)
                 self.scales[site.name] = nn.Parameter(scale.clone())
                 if site.can_learn_shift and (cfg.a_bits is not None or self.weight_only_shifts):
                     self.shifts[site.name] = nn.Parameter(shift.clone())
@@ -176,7 +181,7 @@ def learn_blocks(
 # --- one layer ------------------------------------------------------------------------------------------------------
 
 
-def _learn_clipping(W: Tensor, H: Tensor | None, cfg: Config) -> ClippingStrengths:
+def learn_clipping(W: Tensor, H: Tensor | None, cfg: Config) -> ClippingStrengths:
     """LWC for one layer alone: the loss is the error of its output, tr((Q - W) H (Q - W)^T)."""
     groups = _quant.grouped(W, cfg.group_size)
     clip = ClippingStrengths(groups, cfg.clip_init if cfg.lwc else math.inf)
@@ -196,7 +201,7 @@ def _learn_clipping(W: Tensor, H: Tensor | None, cfg: Config) -> ClippingStrengt
 def pack_weight(W: Tensor, H: Tensor | None, cfg: Config) -> dict[str, Tensor]:
     """The tensors stored for one layer; what was learned is in the scales and zero points, or in W itself."""
     groups = _quant.grouped(W, cfg.group_size)
-    scale, zero_point = _learn_clipping(W, H, cfg).stored_grid(groups, cfg.w_bits, cfg.symmetric)
+    scale, zero_point = learn_clipping(W, H, cfg).stored_grid(groups, cfg.w_bits, cfg.symmetric)
     codes = _quant.quantize(groups, scale, zero_point, cfg.w_bits)
     return _quant.pack_affine(codes, scale, zero_point, cfg.w_bits, cfg.symmetric)
 
@@ -209,7 +214,7 @@ def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
 @torch.no_grad()
 def quantize_weight(W: Tensor, H: Tensor | None, cfg: Config) -> Tensor:
     """LWC on one layer [d_out, d_in] by its own output error (blocks learn all layers jointly), dequantized."""
-    clip = _learn_clipping(W, H, cfg)
+    clip = learn_clipping(W, H, cfg)
     return clip.fake_quantize(_quant.grouped(W, cfg.group_size), cfg.w_bits, cfg.symmetric).flatten(1)
 
 

@@ -6,7 +6,8 @@ Deviates  every linear of a block gets the same share of the extra bits, compute
           code's ratios say the same where an MLP is 4 h (OPT) or 8/3 h (LLaMA) wide, those for BLOOM's fused
           projection do not. Scales are rounded to float16, the precision they are stored in, before they are
           compared, and so are weak columns once compensated; H is divided by the number of tokens (its scale
-          cancels). Symmetric grids, --act-order and the tuning of weak columns are left out
+          cancels). The text of weak column tuning could not be read, and its code is not public: its optimizer (AdamW),
+          rate and batches are ours. Symmetric grids are left out
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import _quant, gptq
+from requant.reference_impls._learn import descend, in_order, next_token_loss
 from requant.reference_impls._outliers import (
+    TunableColumns,
     column_bits,
     join_columns,
     other_columns,
@@ -27,7 +30,7 @@ from requant.reference_impls._outliers import (
     top_columns,
 )
 from requant.reference_impls._quant import QuantizationError
-from requant.reference_impls._walk import check_calib, decoder_blocks, named_linears
+from requant.reference_impls._walk import check_calib, decoder_blocks, named_linears, replace_module
 from requant.reference_impls._weights import quantize_blockwise
 
 TINY = {"n_columns": 4, "n_grid": 10, "coarse_grid": 10}
@@ -51,6 +54,10 @@ class Config:
     coarse_grid: int = 40  # code: the same for the trial rounding of the score, and for groups
     clip_norm: float = 2.4  # code: power of the errors in the search
     true_sequential: bool = False  # code, --true-sequential
+    act_order: bool = False  # code, --act-order: the other columns by falling score; for whole rows only
+    tuning_epochs: int = 0  # weak column tuning: passes over calib on the model's loss; 0 = none
+    tuning_lr: float = 1e-4  # ours
+    tuning_batch_size: int = 8  # ours
 
 
 def search_grid(x: Tensor, bits: int, symmetric: bool, n_steps: int, norm: float) -> tuple[Tensor, Tensor]:
@@ -152,7 +159,12 @@ def _round(W: Tensor, H: Tensor, cfg: Config, columns: Tensor) -> tuple[Tensor, 
     Returns: codes [d_out, d_in - n], scale and zero point [d_out, n_groups], weak columns [d_out, n].
     """
     rest = other_columns(columns, W.shape[1])
-    order = torch.cat([rest, columns])
+    turn = torch.arange(len(rest))
+    if cfg.act_order:
+        if cfg.group_size is not None:
+            raise QuantizationError("act_order permutes the columns of groups; set group_size=None")
+        turn = column_scores(W, H, cfg)[rest].argsort(descending=True, stable=True)
+    order = torch.cat([rest[turn], columns])
     kept = torch.zeros(W.shape, dtype=torch.bool)
     kept[:, len(rest) :] = True
     how = gptq.Config(cfg.w_bits, cfg.group_size, damp_ratio=cfg.damp_ratio, block_size=cfg.block_size)
@@ -160,7 +172,13 @@ def _round(W: Tensor, H: Tensor, cfg: Config, columns: Tensor) -> tuple[Tensor, 
     rounded = gptq.round_columns(W[:, order], H[order][:, order], how, choose, kept=kept)
     n_groups = -(-len(rest) // (cfg.group_size or W.shape[1]))
     scale, zero_point = rounded.scale[:n_groups].T, rounded.zero_point[:n_groups].T
-    return rounded.codes[: len(rest)].T, scale, zero_point, rounded.kept[1][len(rest) :].T
+    codes = rounded.codes[: len(rest)][turn.argsort()].T
+    return codes, scale, zero_point, rounded.kept[1][len(rest) :].T
+
+
+def weak_columns(W: Tensor, H: Tensor, cfg: Config) -> Tensor:
+    """The `n_weak` columns with the highest scores, ascending."""
+    return top_columns(column_scores(W, H, cfg), n_weak(W.shape[1], cfg))
 
 
 def pack_weight(W: Tensor, H: Tensor, cfg: Config, columns: Tensor | None = None) -> dict[str, Tensor]:
@@ -168,9 +186,9 @@ def pack_weight(W: Tensor, H: Tensor, cfg: Config, columns: Tensor | None = None
 
     Args:
         W: [d_out, d_in] float32; H: [d_in, d_in], second moments of its inputs; both left unchanged.
-        columns: weak columns, ascending; None: the n_weak with the highest scores.
+        columns: weak columns, ascending; None: `weak_columns`.
     """
-    columns = top_columns(column_scores(W, H, cfg), n_weak(W.shape[1], cfg)) if columns is None else columns
+    columns = weak_columns(W, H, cfg) if columns is None else columns
     codes, scale, zero_point, weak = _round(W, H, cfg, columns)
     packed = {
         "shape": torch.tensor(codes.shape, dtype=torch.int32),
@@ -198,17 +216,57 @@ def quantize_weight(W: Tensor, H: Tensor, cfg: Config, columns: Tensor | None = 
 
 
 def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
-    """Quantize block by block, each on the outputs of the quantized blocks before it, as GPTQ does."""
+    """Quantize block by block, each on the outputs of the quantized blocks before it, as GPTQ does; then tune."""
+    model, columns = quantize_keeping_columns(model, calib, cfg)
+    if cfg.tuning_epochs:
+        tune_columns(model, columns, calib, cfg)
+    return model
+
+
+def quantize_keeping_columns(
+    model: nn.Module, calib: Tensor | None, cfg: Config
+) -> tuple[nn.Module, dict[nn.Linear, Tensor]]:
+    """The quantized model, and the weak columns of each of its linears."""
     check_calib(calib)
     linears = named_linears(decoder_blocks(model)[0])
     budget = column_budget({name: tuple(linear.weight.shape) for name, linear in linears.items()}, cfg)
-    return quantize_blockwise(
-        model,
-        calib,
-        lambda W, H, name: quantize_weight(W, H, replace(cfg, n_columns=budget[name])),
-        true_sequential=cfg.true_sequential,
-        stacked=False,
+    found: list[dict[str, Tensor]] = []  # by block and name
+
+    def rounding(W: Tensor, H: Tensor, name: str) -> Tensor:
+        own = replace(cfg, n_columns=budget[name])
+        if not found or name in found[-1]:
+            found.append({})
+        found[-1][name] = weak_columns(W, H, own)
+        return quantize_weight(W, H, own, found[-1][name])
+
+    model = quantize_blockwise(model, calib, rounding, true_sequential=cfg.true_sequential, stacked=False)
+    blocks = zip(decoder_blocks(model), found, strict=True)
+    return model, {named_linears(block)[name]: c for block, own in blocks for name, c in own.items()}
+
+
+def tune_columns(
+    model: nn.Module, columns: Mapping[nn.Linear, Tensor], tokens: Tensor, cfg: Config
+) -> list[float]:
+    """Weak column tuning: train the float16 columns, and nothing else, on the next-token loss; in place.
+
+    Args:
+        tokens: int64 [n, seqlen], the text to learn. What comes out is stored as before.
+    Returns: the loss of each batch before its step.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    places = {names[linear]: TunableColumns(linear, own) for linear, own in columns.items() if len(own)}
+    for name, module in places.items():
+        replace_module(model, name, module)
+    optimizer = torch.optim.AdamW([m.values for m in places.values()], cfg.tuning_lr, weight_decay=0.0)
+    batches = in_order(len(tokens), cfg.tuning_batch_size, cfg.tuning_epochs)
+    losses = descend(
+        lambda batch: next_token_loss(model(tokens[batch], use_cache=False).logits, tokens[batch]),
+        optimizer,
+        batches,
     )
+    for name, module in places.items():
+        replace_module(model, name, module.merged())
+    return losses
 
 
 def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:

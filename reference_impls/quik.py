@@ -5,8 +5,8 @@ Scope     weights and inputs of nn.Linear in decoder blocks; embeddings, lm_head
           cache untouched
 Deviates  outlier features and Hessians come from one calibration set (the paper finds the former on 512 sentences of
           the Pile); outlier columns are rounded to float16 as they are stored, and that error is compensated too;
-          weight scales are rounded to float16; activations and products are float32; the 2:4 variant and the code's
-          asymmetric weights are not offered. At layer level, where no activations are at hand, features are ranked by
+          weight scales are rounded to float16; activations and products are float32; the code's asymmetric weights are
+          not offered. At layer level, where no activations are at hand, features are ranked by
           their second moments in place of their maxima
 """
 
@@ -44,6 +44,9 @@ class Config:
     n_outliers: int = 256  # Tables 7 and 10, features kept in 16 bits
     relative_outliers: bool = True  # code --fp_relative: down projections get d_in / hidden times as many
     outlier_threshold: float = 0.0  # Table 13: none where max|X| is at most this (code: twice, at 8 bits)
+    sparse: bool = (
+        False  # the 2:4 variant, SparseGPT in the place of GPTQ: two of four base columns a row are 0
+    )
     clip_search: bool = True  # Table 11; code --w_clip: 80 shares of the range, |error|^2.4
     damp_ratio: float = 0.01  # code, --percdamp
     block_size: int = 128  # code, blocksize of GPTQ
@@ -51,6 +54,8 @@ class Config:
 
 TINY = {"n_outliers": 4}
 
+
+_ZEROS, _OF = 2, 4  # the pattern that sparse tensor cores take
 
 # --- one layer --------------------------------------------------------------------------------------------------------
 
@@ -70,14 +75,19 @@ def round_weight(
     peak = H.diagonal() if peak is None else peak
     outliers = top_columns(peak, cfg.n_outliers)
     base = other_columns(outliers, len(peak))
-    order = torch.cat([base[peak[base].argsort(stable=True)], outliers[peak[outliers].argsort(stable=True)]])
+    order = torch.cat([base_order(peak, cfg), outliers[peak[outliers].argsort(stable=True)]])
     kept = torch.zeros_like(W, dtype=torch.bool)
     kept[:, len(base) :] = True
     how = gptq.Config(cfg.w_bits, symmetric=True, damp_ratio=cfg.damp_ratio, block_size=cfg.block_size)
     choose = (
         search_grid if cfg.clip_search else _quant.absmax_qparams
     )  # both see the outlier columns as zeros
-    rounded = gptq.round_columns(W[:, order], H[order][:, order], how, choose, kept=kept)
+    if cfg.sparse and (len(base) % _OF or cfg.block_size % _OF):
+        raise QuantizationError(
+            f"{len(base)} base columns in batches of {cfg.block_size} do not fall into fours; change n_outliers"
+        )
+    pruned = (_ZEROS, _OF) if cfg.sparse else None
+    rounded = gptq.round_columns(W[:, order], H[order][:, order], how, choose, kept=kept, pruned=pruned)
     back = order.argsort()
     codes = rounded.codes[back].T[:, base]
     return codes, rounded.scale.T, rounded.zero_point.T, rounded.dequantize()[:, back]
@@ -88,23 +98,60 @@ def quantize_weight(W: Tensor, H: Tensor, cfg: Config) -> Tensor:
     return round_weight(W, H, cfg)[-1]
 
 
+def base_order(peak: Tensor, cfg: Config) -> Tensor:
+    """Base columns in the order of GPTQ, by rising peak [d_in] (code): of these, neighbours make a group of 2:4."""
+    base = other_columns(top_columns(peak, cfg.n_outliers), len(peak))
+    return base[peak[base].argsort(stable=True)]
+
+
 def pack_weight(W: Tensor, H: Tensor, cfg: Config) -> dict[str, Tensor]:
-    """The tensors stored for one layer: packed codes, one float16 scale a row, float16 outlier columns and indices."""
+    """The tensors stored for one layer: packed codes, one float16 scale a row, float16 outlier columns and indices.
+
+    sparse: two codes of four with their two-bit places, in the order of GPTQ, and this order.
+    """
     codes, scale, zero_point, Q = round_weight(W, H, cfg)
-    packed = _quant.pack_affine(codes[:, None], scale[:, None], zero_point[:, None], cfg.w_bits, True)
-    return packed | pack_columns(Q, top_columns(H.diagonal(), cfg.n_outliers))
+    outliers = pack_columns(Q, top_columns(H.diagonal(), cfg.n_outliers))
+    if not cfg.sparse:
+        return outliers | _quant.pack_affine(
+            codes[:, None], scale[:, None], zero_point[:, None], cfg.w_bits, True
+        )
+    order = base_order(H.diagonal(), cfg)
+    place = order.argsort().argsort()  # of the codes, which are in the order of columns
+    fours = codes[:, place].unflatten(1, (-1, _OF))
+    kept = (fours - zero_point[..., None]).abs().argsort(dim=-1, descending=True, stable=True)
+    kept = kept[..., :_ZEROS].sort(-1).values
+    return outliers | {
+        "shape": torch.tensor(fours.shape, dtype=torch.int32),
+        "codes": _quant.pack_bits(fours.gather(-1, kept), cfg.w_bits),
+        "places": _quant.pack_bits(kept, 2),
+        "scale": scale.half() if cfg.w_bits <= 8 else scale,
+        "order": order.to(torch.int32),
+    }
 
 
 def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
     """Inverse of `pack_weight`: float32 [d_out, d_in]."""
-    return join_columns(_quant.unpack_affine(packed, cfg.w_bits, True), packed)
+    if not cfg.sparse:
+        return join_columns(_quant.unpack_affine(packed, cfg.w_bits, True), packed)
+    d_out, n_fours, _ = packed["shape"].tolist()
+    some, zero = (d_out, n_fours, _ZEROS), 2 ** (cfg.w_bits - 1)
+    codes, places = (
+        _quant.unpack_bits(packed[k], b, some) for k, b in (("codes", cfg.w_bits), ("places", 2))
+    )
+    fours = torch.full((d_out, n_fours, _OF), zero).scatter(-1, places, codes)
+    base = (fours.flatten(1) - zero) * packed["scale"].float()
+    return join_columns(base[:, packed["order"].long().argsort()], packed)
 
 
 def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
-    """(b (n - k) + 16)/n + k (16 + 32/d_out)/n; a down projection has another b and k (`layer_config`)."""
+    """(b (n - k) + 16)/n + k (16 + 32/d_out)/n; a down projection has another b and k (`layer_config`).
+
+    sparse: b/2 + 1 in the place of b, and an int32 for each of the n - k columns.
+    """
     scale_bits = 16 if cfg.w_bits <= 8 else 32
     k = min(cfg.n_outliers, d_in)
-    return (cfg.w_bits * (d_in - k) + scale_bits) / d_in + column_bits(k, d_out, d_in)
+    base = cfg.w_bits / 2 + 1 + 32 / d_out if cfg.sparse else cfg.w_bits
+    return (base * (d_in - k) + scale_bits) / d_in + column_bits(k, d_out, d_in)
 
 
 # --- the model --------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ Paper     Cheng et al., Findings of EMNLP 2024, arXiv:2309.05516v5 (numbers belo
 Scope     weights of nn.Linear in decoder blocks; activations, embeddings, norms and lm_head untouched
 Deviates  float32 in place of automatic mixed precision; scales are rounded to float16, the precision they are stored
           in, before any code is chosen, and the gradient passes that rounding; the clipping factors of a group start at
-          exactly 1 and are kept in [0, 1], the offsets are not clamped, as in version 0.1 of the official code.
+          exactly 1 and are kept in [0, 1].
           quantize_weight and pack_weight, which see one layer and not its block, descend on that layer's output error.
           Groups must divide the inputs; mixtures of experts are not covered
 """
@@ -49,6 +49,7 @@ class Config:
     )
     batch_size: int = 8  # code, samples for each step
     quantized_input: bool = True  # code, enable_quanted_input; off: train on the original blocks' outputs
+    clamp_offsets: bool = True  # text: within half a step; version 0.1 of the code leaves them free (False)
     learn_clipping: bool = True  # code, enable_minmax_tuning; off in the first arXiv version
     seed: int = 0  # which samples make up each batch
 
@@ -61,7 +62,7 @@ class LearnedRounding(nn.Module):
 
     def __init__(self, W: Tensor, cfg: Config):
         super().__init__()
-        self.bits, self.symmetric = cfg.w_bits, cfg.symmetric
+        self.bits, self.symmetric, self.clamp_offsets = cfg.w_bits, cfg.symmetric, cfg.clamp_offsets
         self.groups = _quant.grouped(W, cfg.group_size)
         self.offset = nn.Parameter(torch.zeros_like(self.groups))
         ends = torch.zeros_like(self.groups[..., :1])
@@ -95,9 +96,11 @@ class LearnedRounding(nn.Module):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Keep both ends of each range between 0 and where they were."""
+        """Keep both ends of each range between 0 and where they were, and offsets within half a step."""
         for end in (self.low, self.high):
             end.clamp_(-1, 0)
+        if self.clamp_offsets:
+            self.offset.clamp_(-0.5, 0.5)
 
 
 def learn(

@@ -1,14 +1,14 @@
 """SliM-LLM: GPTQ in which the least salient groups of a matrix lend one bit to the most salient ones.
 
 Paper     Huang et al., ICML 2025, arXiv:2405.14917v2 (numbers below refer to v2)   Entry  papers/slim_llm.yaml
-Scope     weights of nn.Linear in decoder blocks; activations, embeddings, norms and lm_head untouched. SliM-LLM+, which
-          gives the same widths to OmniQuant's learned clipping, is not here
+Scope     weights of nn.Linear in decoder blocks; activations, embeddings, norms and lm_head untouched
 Deviates  the layer's bias takes part in the search (the released code leaves it out of one side); both ends of the
           search are tried, uniform widths and half the groups raised (the code tries neither, `both_ends`); the grid
           search sums the errors of all weights, because the code weighs its salient and its other part alike; the
           absolute 0.01 that the code adds to H is left out; scales, and the means of 1-bit groups, are rounded to
           float16, the precision they are stored in; where only H is known and no inputs (`pack_weight` alone), the rows
-          of a factor of H stand in for them
+          of a factor of H stand in for them. SliM-LLM+ (`plus`) searches widths on what its own blocks give, in
+          float32; a layer on its own has the ranges that learning starts from
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import _mixed, _quant, gptq
+from requant.reference_impls._clipping import MixedClippedWeight, learn_ranges
 from requant.reference_impls._hessian import damped, inverse_cholesky
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._walk import Block, check_calib, copy_model, named_linears, walk_blocks
@@ -43,6 +44,12 @@ class Config:
     tau_range: float = 0.1  # code: factors of a group's range in [1 - tau_range, 1 + tau_range]
     n_grid: int = 100  # code: factors tried besides 1, half of them above and half below
     clip_norm: float = 2.4  # code: power of the errors
+    plus: bool = False  # SliM-LLM+, Table 2: OmniQuant's learned clipping at these widths instead of GPTQ
+    lwc_lr: float = 1e-2  # code, --lwc_lr of SliM-LLM+
+    epochs: int = 50  # scripts of SliM-LLM+
+    batch_size: int = 1  # code
+    aug_loss: bool = False  # code, on in its scripts for LLaMA: second distance, as OmniQuant's
+    clip_init: float = 4.0  # code: logit, 0.982 of the range
 
 
 def _check(cfg: Config) -> None:
@@ -180,18 +187,36 @@ def pack_weight(W: Tensor, H: Tensor, cfg: Config, widths: list[int] | None = No
     """
     _check(cfg)
     widths = choose_widths(W, H, cfg) if widths is None else widths
-    how = gptq.Config(cfg.w_bits, cfg.group_size, damp_ratio=cfg.damp_ratio, block_size=cfg.block_size)
+    if cfg.plus:
+        codes, scale, zero = _start_of_plus(W, widths, cfg)
+    else:
+        how = gptq.Config(cfg.w_bits, cfg.group_size, damp_ratio=cfg.damp_ratio, block_size=cfg.block_size)
 
-    def choose(x: Tensor, bits: int, _symmetric: bool) -> tuple[Tensor, Tensor]:
-        return choose_qparams(x, bits, cfg, calibrate=cfg.calibration)
+        def choose(x: Tensor, bits: int, _symmetric: bool) -> tuple[Tensor, Tensor]:
+            return choose_qparams(x, bits, cfg, calibrate=cfg.calibration)
 
-    rounded = gptq.round_columns(W, H, how, choose, quantize=_quantize, widths=widths)
-    codes = _quant.grouped(rounded.codes.T, cfg.group_size)
-    scale, zero = rounded.scale.T[..., None], rounded.zero_point.T[..., None]
+        rounded = gptq.round_columns(W, H, how, choose, quantize=_quantize, widths=widths)
+        codes = _quant.grouped(rounded.codes.T, cfg.group_size)
+        scale, zero = rounded.scale.T[..., None], rounded.zero_point.T[..., None]
     packed = _mixed.pack_groups(codes, scale, zero.floor(), torch.tensor(widths)[:, None], _choices(cfg))
     if cfg.w_bits > 2:
         return packed
     return {key: t for key, t in packed.items() if "zero" not in key} | {"zero_point": zero.half()}
+
+
+@torch.no_grad()
+def _start_of_plus(W: Tensor, widths: list[int], cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [d_out, n_groups, size], scale and zero point [d_out, n_groups, 1] before SliM-LLM+ learns anything."""
+    clipped, groups = (
+        MixedClippedWeight(W, widths, cfg.group_size, cfg.clip_init),
+        _quant.grouped(W, cfg.group_size),
+    )
+    codes, scale, zero = torch.empty_like(groups), *torch.empty(2, *groups.shape[:2], 1)
+    for bits in set(widths):
+        chosen = clipped.widths == bits
+        grid = scale[:, chosen], zero[:, chosen] = clipped.grid(groups[:, chosen], bits)
+        codes[:, chosen] = clipped.codes(groups[:, chosen], *grid, bits)
+    return codes, scale, zero
 
 
 def _choices(cfg: Config) -> tuple[int, ...]:
@@ -222,7 +247,7 @@ def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
 # --- a model
 
 
-def _search_block(block: Block, hessians: dict[str, Tensor], cfg: Config) -> dict[str, list[int]]:
+def search_block(block: Block, hessians: dict[str, Tensor], cfg: Config) -> dict[str, list[int]]:
     linears, searches = named_linears(block.module), {}
     for name, linear in linears.items():
         W, bias = linear.weight.float(), None if linear.bias is None else linear.bias.float()
@@ -233,13 +258,30 @@ def _search_block(block: Block, hessians: dict[str, Tensor], cfg: Config) -> dic
 
 @torch.no_grad()
 def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
-    """Quantize block by block, each on the outputs of the quantized blocks before it: widths first, then GPTQ."""
+    """Quantize block by block, each on the outputs of the quantized blocks before it: widths first, then GPTQ.
+
+    With `plus` ranges are learned in the place of GPTQ, on the block's output error.
+    """
     check_calib(calib)
     _check(cfg)
     model = copy_model(model)
-    for block in walk_blocks(model, calib):
+    for block in walk_blocks(model, calib, propagate="both" if cfg.plus else "quantized"):
         hessians = block.hessians()
-        widths = _search_block(block, hessians, cfg) if cfg.allocation else {}
+        widths = search_block(block, hessians, cfg) if cfg.allocation else {}
+        if cfg.plus:
+            learn_block(block, widths, cfg)
+            continue
         for name, linear in named_linears(block.module).items():
             linear.weight.copy_(quantize_weight(linear.weight.float(), hessians[name], cfg, widths.get(name)))
     return model
+
+
+def learn_block(block: Block, widths: dict[str, list[int]], cfg: Config) -> list[float]:
+    """SliM-LLM+ on one block, in place: learned clipping of groups with these widths (default: N), then rounding."""
+    quantizers = {}
+    for name, linear in named_linears(block.module).items():
+        uniform = [cfg.w_bits] * (linear.in_features // cfg.group_size)
+        W, own = linear.weight.float(), widths.get(name, uniform)
+        quantizers[name] = MixedClippedWeight(W, own, cfg.group_size, cfg.clip_init)
+    how = {"lr": cfg.lwc_lr, "epochs": cfg.epochs, "batch_size": cfg.batch_size}
+    return learn_ranges(block, quantizers, **how, second_targets=block.run() if cfg.aug_loss else None)

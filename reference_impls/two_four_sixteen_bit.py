@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import _mixed, _quant, gptq
+from requant.reference_impls._hessian import damped, inverse_cholesky
 from requant.reference_impls._outliers import entry_bits, pack_entries, place_entries
 from requant.reference_impls._quant import QuantizationError
 from requant.reference_impls._walk import check_calib
@@ -36,12 +37,17 @@ class Config:
     outlier_fraction: float = (
         0.0065  # ours: what is left of 2.91 bits; Abs.: a small fraction of large weights
     )
+    outlier_score: str = "magnitude"  # ours: |w|, or "salience": w^2 over the diagonal of the inverse Hessian
     group_size: int = 16  # ours: inputs per scale
     scale_bits: int = 4  # ours; 16: scales stay float16
     scale_group_size: int = 16  # ours: rows whose scales share a step and a minimum
     align_groups: int = 16  # ours: groups of a row that contain the same number of 4-bit groups
     damp_ratio: float = 0.01  # GPTQ, Sec. 3.3
     block_size: int = 128  # GPTQ, Sec. 3.3
+
+    def __post_init__(self) -> None:
+        if self.outlier_score not in ("magnitude", "salience"):
+            raise QuantizationError(f"outlier_score is {self.outlier_score!r}; choose magnitude or salience")
 
 
 def choose_widths(W: Tensor, H: Tensor, cfg: Config) -> Tensor:
@@ -72,11 +78,17 @@ def n_outliers(d_out: int, d_in: int, cfg: Config) -> int:
     return round(cfg.outlier_fraction * d_out * d_in)
 
 
-def choose_outliers(W: Tensor, allowed: Tensor, cfg: Config) -> Tensor:
-    """The largest weights in groups where allowed [d_out, n_groups] holds, as a mask [d_out, d_in]."""
-    magnitude = W.abs().masked_fill(~allowed.repeat_interleave(cfg.group_size, 1), -1.0).flatten()
-    chosen = magnitude.argsort(descending=True, stable=True)[: n_outliers(*W.shape, cfg)]
-    return torch.zeros_like(magnitude, dtype=torch.bool).scatter_(0, chosen, True).reshape(W.shape)
+def choose_outliers(W: Tensor, allowed: Tensor, cfg: Config, H: Tensor | None = None) -> Tensor:
+    """The weights with the largest scores in groups where allowed [d_out, n_groups] holds: mask [d_out, d_in]."""
+    score = W.abs()
+    if cfg.outlier_score == "salience":
+        if H is None:
+            raise QuantizationError('outlier_score "salience" needs H, the second moments of the inputs')
+        U = inverse_cholesky(damped(H, cfg.damp_ratio))  # H^-1 = U^T U
+        score = W.square() / U.square().sum(0)
+    score = score.masked_fill(~allowed.repeat_interleave(cfg.group_size, 1), -1.0).flatten()
+    chosen = score.argsort(descending=True, stable=True)[: n_outliers(*W.shape, cfg)]
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(0, chosen, True).reshape(W.shape)
 
 
 class _Grids:
@@ -128,7 +140,7 @@ def pack_weight(
             f"scale_group_size {cfg.scale_group_size} does not divide the {W.shape[0]} rows"
         )
     widths = choose_widths(W, H, cfg) if widths is None else widths
-    outliers = choose_outliers(W, widths == cfg.low_bits, cfg) if outliers is None else outliers
+    outliers = choose_outliers(W, widths == cfg.low_bits, cfg, H) if outliers is None else outliers
     how = gptq.Config(cfg.low_bits, cfg.group_size, damp_ratio=cfg.damp_ratio, block_size=cfg.block_size)
     grids, choices = _Grids(cfg), (cfg.low_bits, cfg.high_bits)
     rounded = gptq.round_columns(

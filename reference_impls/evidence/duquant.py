@@ -5,19 +5,27 @@ Entry     papers/duquant.yaml
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from requant.reference_impls import _quant
 from requant.reference_impls._hadamard import random_orthogonal
+from requant.reference_impls._learn import output_error
+from requant.reference_impls._walk import Block, copy_model, walk_blocks
 from requant.reference_impls.duquant import (
     Config,
     base_rotation,
+    learn_clipping,
     quantize_weight,
     search_rotation,
     search_transform,
+    smooth,
     transform,
+    transform_block,
     zigzag,
 )
 
@@ -119,3 +127,39 @@ def product_errors(ctx) -> list[dict]:
                 total += float((Y - exact).square().sum() / exact.square().sum())
             rows.append({"name": prefix + name, "value": total / 3})
     return rows
+
+
+@torch.no_grad()
+def _first_blocks(ctx, settings: list[Config], model: str, tokens: Tensor) -> Iterator[tuple[Block, Block]]:
+    """For each setting the first block, rounded for 16 samples of 64 tokens, and the same one fed with other tokens."""
+    smoothed, calib = copy_model(ctx.reference(model)), ctx.calib(16, 64)
+    smooth(smoothed, calib, 0.5)
+    for cfg in settings:
+        block, other = (next(walk_blocks(copy_model(smoothed), t, propagate="both")) for t in (calib, tokens))
+        other.module = block.module
+        mean = replace(block, inputs=[torch.cat(block.inputs).mean(0, keepdim=True)])
+        unrounded = transform_block(mean, cfg, torch.Generator().manual_seed(ctx.seed), True)
+        if cfg.lwc:
+            learn_clipping(block, unrounded, cfg)
+        yield block, other
+
+
+def unclipped_learning_is_rounding(ctx) -> float:
+    """Largest difference of a block's weights between no step of learning from whole ranges and a ratio of 1; 0."""
+    cfg = Config(max_rotation_step=2, lwc=True, epochs=0, clip_init=math.inf)
+    settings = [cfg, replace(cfg, lwc=False, w_clip_ratio=1.0)]
+    blocks = [block.module for block, _ in _first_blocks(ctx, settings, "reference", ctx.calib(1, 64))]
+    pairs = zip(*(block.parameters() for block in blocks), strict=True)
+    return max(float((a - b).abs().max()) for a, b in pairs)
+
+
+def clipping_of_a_block(ctx) -> list[dict]:
+    """Output error of the first block at W4A4 on test text: rows clipped at 0.8, not at all, or learned (32 steps).
+
+    As shares of the first.
+    """
+    cfg = Config(max_rotation_step=8, epochs=2, lwc_lr=0.1)
+    ways = {"fixed": cfg, "whole": replace(cfg, w_clip_ratio=1.0), "learned": replace(cfg, lwc=True)}
+    blocks = _first_blocks(ctx, list(ways.values()), "reference-outlier", ctx.test_windows(8)[:, :64])
+    errors = {name: output_error(other) for name, (_, other) in zip(ways, blocks, strict=True)}
+    return [{"name": name, "value": error / errors["fixed"]} for name, error in errors.items()]

@@ -8,10 +8,10 @@ from __future__ import annotations
 from itertools import pairwise, product
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from requant.reference_impls import _codebook, _quant
+from requant.reference_impls import _codebook, _quant, spinquant
 from requant.reference_impls._codebook import made_definite, objective
 from requant.reference_impls._gradients import output_gradients, sequence_losses
 from requant.reference_impls._hessian import gram
@@ -22,15 +22,18 @@ from requant.reference_impls.guidedquant import (
     guided_hessian,
     kmeans_start,
     lnq,
+    quantize,
     quantize_weight,
 )
 
 _LAYER = "model.layers.1.self_attn.o_proj"
 
 
-def _observed(ctx, tokens: Tensor, names: list[str]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """W, X [n_tokens, d_in] and scaled gradients G [n_tokens, d_out] of layers of the reference model."""
-    model = copy_model(ctx.reference())
+def _observed(
+    ctx, tokens: Tensor, names: list[str], model: nn.Module | None = None
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """W, X [n_tokens, d_in] and scaled gradients G [n_tokens, d_out] of layers of a model; None: the reference."""
+    model = copy_model(ctx.reference() if model is None else model)
     seen, scale = output_gradients(model, tokens), Config().grad_scale
     found = [(model.get_submodule(name), *seen[model.get_submodule(name)]) for name in names]
     return [(linear.weight, X.flatten(0, 1), G.flatten(0, 1) * scale) for linear, X, G in found]
@@ -118,3 +121,31 @@ def first_order_errors(ctx) -> list[dict]:
     for name, end in product(pairs, ("", "_test")):
         rows[name + end] = totals[name + end] / totals[("gptq_plain" if name == "gptq" else "lnq") + end]
     return [{"name": name, "value": value} for name, value in rows.items()]
+
+
+def guided_spinquant_at_8_bits(ctx) -> float:
+    """Change of the loss (nats, 4 test windows) by SpinQuant's rotations and guided 8-bit weights, nothing else.
+
+    On the first block of the reference model between its embedding and its head.
+    """
+    cfg = Config(8, "spinquant", 1, a_bits=None, kv_bits=None, rotation_steps=0)
+    tokens, losses, shallow = ctx.test_windows(4), [], ctx.reference()
+    shallow.model.layers, shallow.config.num_hidden_layers = shallow.model.layers[:1], 1
+    for model in (quantize(shallow, ctx.calib(4, 128), cfg), shallow):
+        with torch.no_grad():
+            losses.append(float(sequence_losses(model(tokens).logits, tokens).mean()))
+    return abs(losses[0] - losses[1])
+
+
+def first_order_errors_rotated(ctx) -> list[dict]:
+    """`first_order_errors` of 4-bit GPTQ in SpinQuant's rotated basis, one group, as a share of that of the plain H."""
+    names = [_LAYER, "model.layers.2.self_attn.q_proj"]
+    how, model = spinquant.Config(steps=0, seed=ctx.seed), ctx.reference()
+    rotated = spinquant.rotate(model, spinquant.initial_rotations(model, how), how)
+    cfg, errors = Config(4, "spinquant", 1), {"guided": 0.0, "plain": 0.0}
+    for W, X, G in _observed(ctx, ctx.calib(16), names, rotated):
+        H = {"guided": guided_hessian(X, grouped_saliency(G, 1)), "plain": gram(X)[None]}
+        for name in errors:
+            E = quantize_weight(W, H[name], cfg) - W
+            errors[name] += float((G * (X @ E.T)).double().square().sum())
+    return [{"name": name, "value": error / errors["plain"]} for name, error in errors.items()]

@@ -24,25 +24,35 @@ from requant.reference_impls.smoothquant import channel_peaks
 
 
 @torch.no_grad()
-def _any_factors(ctx, model: nn.Module) -> Iterator[Smoothing]:
+def _any_factors(ctx, model: nn.Module, cfg: Config = Config()) -> Iterator[Smoothing]:  # noqa: B008 frozen
     """Block by block, FSBR with its initial factors times random ones between 1/2 and 2, at every kind of site."""
     tokens, generator = ctx.calib(2), torch.Generator().manual_seed(ctx.seed)
     peaks = channel_peaks(model, tokens)
     for block in walk_blocks(model, tokens):
-        fsbr = Smoothing(block, model.config, peaks, Config(), quantizers=False)
+        fsbr = Smoothing(block, model.config, peaks, cfg, quantizers=False)
         for s in fsbr.factors.values():
             s *= 2 ** (2 * torch.rand(s.shape, generator=generator) - 1)
         yield fsbr
 
 
 @torch.no_grad()
-def smoothing_keeps_the_function(ctx) -> float:
-    """Largest change of a logit by all six kinds of factors, without rounding, as a share of the largest logit."""
+def _change_of_logits(ctx, cfg: Config) -> float:
     model, tokens = ctx.reference("reference-outlier"), ctx.test_windows(2)
     plain = model(tokens).logits
-    for fsbr in _any_factors(ctx, model):
+    for fsbr in _any_factors(ctx, model, cfg):
         fsbr.smoothed().write()
     return float((model(tokens).logits - plain).abs().max() / plain.abs().max())
+
+
+def smoothing_keeps_the_function(ctx) -> float:
+    """Largest change of a logit by all six kinds of factors, without rounding, as a share of the largest logit."""
+    return _change_of_logits(ctx, Config())
+
+
+def query_key_factors(ctx) -> list[dict]:
+    """The same change with the query-key factors of a rotary pair tied, and left free as the code does."""
+    ways = {"tied": Config(), "free": Config(tie_rotary=False)}
+    return [{"name": name, "value": _change_of_logits(ctx, cfg)} for name, cfg in ways.items()]
 
 
 def _integer_input(ctx, name: str, bits: int) -> tuple[Tensor, Dyadic]:

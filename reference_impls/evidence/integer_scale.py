@@ -28,9 +28,7 @@ _LAYERS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj
 
 
 def _linear(W: Tensor, cfg: Config) -> GroupedLinear:
-    linear = nn.Linear(W.shape[1], W.shape[0], bias=False)
-    linear.weight = nn.Parameter(W, requires_grad=False)
-    return GroupedLinear(linear, None, cfg)
+    return GroupedLinear(*base_codes(W, None, cfg), None, cfg)
 
 
 def integer_product_is_exact(ctx) -> float:
@@ -92,7 +90,8 @@ def cost_of_integer_scales(ctx) -> float:
 def layer_errors(ctx) -> list[dict]:
     """tr(E H E^T) at 4 bits in units of rounding with float scales, mean over the linears of one block.
 
-    rtn_<amplifier>, gptq_1024 and gptq_float say base and amplifier; rtn_heuristic has the heuristic alone. small_* are
+    rtn_<amplifier>, gptq_1024 and gptq_float say base and amplifier, as do awq_ (its clipping) and omniquant_ (learned
+    clipping); dearest is the largest ratio of _1024 to _float. rtn_heuristic has the heuristic alone. small_* are
     weights divided by 8, with scales as in large models: the fixed amplifier, and the heuristic with four bits on top.
     anew_64 rounds the weights again on the integer scales of amplifier 64.
     """
@@ -104,6 +103,10 @@ def layer_errors(ctx) -> list[dict]:
         made["rtn_float"] = quantize_weight(W, None, plain)
         made["gptq_1024"] = quantize_weight(W, H, Config(rounding="gptq"))
         made["gptq_float"] = quantize_weight(W, H, replace(plain, rounding="gptq"))
+        for base in ("awq", "omniquant"):
+            codes, scale = base_codes(W, H, Config(rounding=base))
+            made[f"{base}_float"] = (codes * scale).flatten(1)
+            made[f"{base}_1024"] = (codes * effective_scale(codes, scale, Config())).flatten(1)
         made["rtn_heuristic"] = quantize_weight(W, None, Config(amplifier=None))
         made["small_fixed"] = 8 * quantize_weight(small, None, Config())
         made["small_lifted"] = 8 * quantize_weight(small, None, Config(amplifier=None, extra_bits=4))
@@ -113,4 +116,6 @@ def layer_errors(ctx) -> list[dict]:
         unit = proxy_loss(W, made["rtn_float"], H)
         for key, Q in made.items():
             values[key] = values.get(key, 0.0) + proxy_loss(W, Q, H) / unit / len(_LAYERS)
+    bases = ("rtn", "gptq", "awq", "omniquant")
+    values |= {"dearest": max(values[f"{b}_1024"] / values[f"{b}_float"] for b in bases), "tenth_more": 1.1}
     return [{"name": name, "value": value} for name, value in values.items()]

@@ -10,8 +10,17 @@ from itertools import pairwise
 
 import torch
 
+from requant.reference_impls import quip
 from requant.reference_impls._hessian import damped, proxy_loss
-from requant.reference_impls.magr import Config, iterates, prox, quantize_weight, reduce_magnitude
+from requant.reference_impls.magr import (
+    Config,
+    iterates,
+    pack_weight,
+    prox,
+    quantize_weight,
+    reduce_magnitude,
+    unpack_weight,
+)
 
 _LAYERS = [f"model.layers.1.{name}" for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")]
 
@@ -102,3 +111,26 @@ def layer_errors(ctx) -> list[dict]:
 
     rows = {row: error(cfg) / error(replace(cfg, **without)) for row, (cfg, without) in pairs.items()}
     return [{"name": name, "value": value} for name, value in (rows | {"without": 1.0}).items()]
+
+
+def unreduced_is_quip(ctx) -> float:
+    """Largest difference of a weight from QuIP's with no iteration of MagR, as rounded and as stored; 0."""
+    W, H, _ = ctx.layer(_LAYERS[1])
+    cfg, worst = Config(2, quantizer="quip", n_iters=0), 0.0
+    plain = quip.quantize_weight(W, H, quip.Config(2))
+    for Q in (quantize_weight(W, H, cfg), unpack_weight(pack_weight(W, H, cfg), cfg)):
+        worst = max(worst, float((Q - plain).abs().max()))
+    return worst
+
+
+def quip_errors(ctx) -> list[dict]:
+    """tr(E H E^T) of QuIP at 2 bits on reduced weights in units of that on the original ones; mean of 2 x 3 draws."""
+    ratios = []
+    for name in _LAYERS[:2]:
+        W, H, _ = ctx.layer(name)
+        reduced = reduce_magnitude(W, H, Config(quantizer="quip", n_iters=30))
+        for seed in range(3):
+            how = quip.Config(2, seed=seed)
+            with_, without = (quip.quantize_weight(x, H, how) for x in (reduced, W))
+            ratios.append(proxy_loss(W, with_, H) / proxy_loss(W, without, H))
+    return [{"name": "magr_quip", "value": sum(ratios) / len(ratios)}, {"name": "quip", "value": 1.0}]

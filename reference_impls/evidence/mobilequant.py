@@ -48,3 +48,20 @@ def hidden_state_error(ctx) -> list[dict]:
         errors = [float((y - target).square().mean()) for y in (before, outputs_of(learners, x))]
         rows.append({"name": name, "value": errors[1] / errors[0]})
     return rows
+
+
+def ranges_at_a_high_rate(ctx) -> list[dict]:
+    """Squared error of what the first two blocks make of test tokens at W8A8, ranges learned alone, in units of before.
+
+    32 steps on 8 samples of 64 tokens at 100 times the published rate; scales between operators and weight clipping
+    stay where they begin.
+    """
+    model, tokens = ctx.reference("reference-outlier"), ctx.test_windows(8)[:, :64]
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:2], 2
+    cfg = Config(epochs=4, let_lr=0.0, lwc_lr=0.0, lrl_lr=100 * Config().lrl_lr)
+    copy, learners, blocks, inputs = prepare(model, ctx.calib(8, 64), cfg)
+    x = copy.get_input_embeddings()(tokens)
+    target, before = outputs_of(blocks, x), outputs_of(learners, x)
+    fit(learners, blocks, inputs, cfg)
+    errors = [float((y - target).square().mean()) for y in (before, outputs_of(learners, x))]
+    return [{"name": "minmax", "value": 1.0}, {"name": "fast", "value": errors[1] / errors[0]}]

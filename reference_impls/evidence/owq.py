@@ -5,20 +5,25 @@ Entry     papers/owq.yaml
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
+from torch import Tensor, nn
 
 from requant.reference_impls import _quant, gptq
+from requant.reference_impls._fine_tuned import capitals, loss
 from requant.reference_impls._hessian import damped, proxy_loss
-from requant.reference_impls._outliers import other_columns, top_columns
+from requant.reference_impls._outliers import TunableColumns, other_columns, top_columns
 from requant.reference_impls.owq import (
     Config,
     column_budget,
     column_scores,
+    quantize_keeping_columns,
     quantize_weight,
     search_grid,
     to_even,
+    tune_columns,
 )
 
 _DOWN = "model.layers.1.mlp.down_proj"
@@ -112,3 +117,67 @@ def gain_of_search(ctx) -> list[dict]:
     cfg = Config(n_columns=0)
     loss = {on: proxy_loss(W, quantize_weight(W, H, replace(cfg, clip_search=on)), H) for on in (True, False)}
     return [{"name": "search", "value": loss[True] / loss[False]}, {"name": "minmax", "value": 1.0}]
+
+
+def tuning_moves_weak_columns_alone(ctx) -> float:
+    """Share of weights that tuning moved outside of weak columns, or that it left there as no float16 numbers.
+
+    Infinite if no weak column moved.
+    """
+    cfg = Config(n_columns=2, clip_search=False, tuning_epochs=1, tuning_lr=1e-3, tuning_batch_size=2)
+    calib = ctx.calib(4, 64)
+    model, columns = quantize_keeping_columns(ctx.reference(), calib, cfg)
+    before = {linear: linear.weight.clone() for linear in columns}
+    tune_columns(model, columns, calib, cfg)
+    wrong = moved = total = 0
+    for linear, own in columns.items():
+        changed, kept = linear.weight != before[linear], linear.weight[:, own]
+        moved += int(changed[:, own].sum())
+        wrong += int(changed.sum() - changed[:, own].sum()) + int((kept != kept.half().float()).sum())
+        total += changed.numel()
+    return wrong / total if moved else math.inf
+
+
+def gradient_of_weak_columns(ctx) -> float:
+    """Relative distance of the gradient of weak columns from those columns of the gradient of the whole weight."""
+    W, _, X = ctx.layer(_DOWN, n_tokens=256)
+    linear = nn.Linear(W.shape[1], len(W), bias=False)
+    linear.weight = nn.Parameter(W)
+    columns, target = torch.tensor([3, 100, 511]), X @ W.T * 0.9
+    with torch.enable_grad():
+        (linear(X) - target).square().sum().backward()
+        whole = linear.weight.grad[:, columns]
+        tunable = TunableColumns(linear.requires_grad_(False), columns)
+        (tunable(X) - target).square().sum().backward()
+    return float((tunable.values.grad - whole).norm() / whole.norm())
+
+
+def features_kept_for_tuning(ctx) -> float:
+    """Features of a token that a linear keeps for the backward pass to its weak columns, over their number."""
+    W, _, X = ctx.layer(_DOWN, n_tokens=256)
+    linear, columns, widths = nn.Linear(W.shape[1], len(W), bias=False), torch.arange(0, 768, 96), []
+    tunable = TunableColumns(linear.requires_grad_(False), columns)
+
+    def keep(saved: Tensor) -> Tensor:
+        widths.extend([saved.numel() / len(X)] if len(saved) == len(X) else [])
+        return saved
+
+    X.requires_grad_(True)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        tunable(X)
+    return sum(widths) / len(columns)
+
+
+@torch.no_grad()
+def losses_after_tuning(ctx) -> list[dict]:
+    """Loss (nats) on the test split in capitals: float model, 4 of 256 columns kept at 3 bits, and those columns tuned.
+
+    Eight steps on 32 samples of 96 tokens of the train split in capitals.
+    """
+    text, tokens = (capitals(ctx, w, 96)[:32] for w in (ctx.calib(16), ctx.test_windows(4)))
+    cfg = Config(n_columns=4, clip_search=False, tuning_epochs=1, tuning_lr=3e-3, tuning_batch_size=4)
+    rounded, columns = quantize_keeping_columns(ctx.reference(), ctx.calib(4), cfg)
+    losses = {"float": float(loss(ctx.reference(), tokens)), "rounded": float(loss(rounded, tokens))}
+    tune_columns(rounded, columns, text, cfg)
+    losses["tuned"] = float(loss(rounded, tokens))
+    return [{"name": name, "value": value} for name, value in losses.items()]

@@ -13,9 +13,19 @@ from torch import Tensor
 from requant.reference_impls import _quant
 from requant.reference_impls._hessian import proxy_loss
 from requant.reference_impls._outliers import other_columns, top_columns
-from requant.reference_impls.quik import Config, quantize_weight, round_inputs, round_weight
+from requant.reference_impls.quik import (
+    Config,
+    base_order,
+    bits_per_weight,
+    pack_weight,
+    quantize_weight,
+    round_inputs,
+    round_weight,
+    unpack_weight,
+)
 
 _LAYER = "model.layers.1.self_attn.o_proj"
+_OF = 4  # neighbours, of which two are 0
 
 
 def integer_path_is_fake_quant(ctx) -> float:
@@ -93,6 +103,51 @@ def layer_errors(ctx) -> list[dict]:
             "rtn": quantize_weight(W, diagonal, cfg),
         }
         unit = proxy_loss(W, made["rtn"], H)
+        for key, Q in made.items():
+            values[key] = values.get(key, 0.0) + proxy_loss(W, Q, H) / unit / len(layers)
+    return [{"name": name, "value": value} for name, value in values.items()]
+
+
+def two_of_four_are_zero(ctx) -> float:
+    """Largest number of weights beyond two, among four neighbours of a row in processing order, that are not 0."""
+    worst = -_OF
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        W, H, _ = ctx.layer(f"model.layers.1.{name}")
+        cfg = Config(n_outliers=16, sparse=True, clip_search=False)
+        Q = quantize_weight(W, H, cfg)[:, base_order(H.diagonal(), cfg)]
+        worst = max(worst, int((Q != 0).unflatten(1, (-1, _OF)).sum(-1).max()) - 2)
+    return float(worst)
+
+
+def sparse_layer_is_stored(ctx) -> float:
+    """Largest difference of a 2:4 layer from what is unpacked, and of its stored bits a weight from those stated."""
+    W, H, _ = ctx.layer(_LAYER)
+    cfg = Config(n_outliers=16, sparse=True, clip_search=False)
+    packed = pack_weight(W, H, cfg)
+    wrong = float((unpack_weight(packed, cfg) - quantize_weight(W, H, cfg)).abs().max())
+    return wrong + abs(_quant.storage_bits(packed) / W.numel() - bits_per_weight(*W.shape, cfg))
+
+
+def sparse_errors(ctx) -> list[dict]:
+    """tr(E H E^T) of 4-bit weights of which half are 0, in units of the dense ones: mean over the linears of one block.
+
+    joint prunes and rounds in one pass; apart prunes by magnitude, then GPTQ rounds what is left (zeros stay);
+    no_outliers is joint without columns in 16 bits.
+    """
+    cfg, values = Config(n_outliers=16, clip_search=False, sparse=True), {}
+    layers = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+    for name in layers:
+        W, H, _ = ctx.layer(f"model.layers.2.{name}", n_tokens=2048)
+        order = base_order(H.diagonal(), cfg)
+        fours = W[:, order].unflatten(1, (-1, _OF))
+        small = fours.abs().argsort(-1).argsort(-1) < 2
+        pruned = W.clone()
+        pruned[:, order] = fours.masked_fill(small, 0.0).flatten(1)
+        apart = quantize_weight(pruned, H, replace(cfg, sparse=False))
+        apart[:, order] = apart[:, order].masked_fill(small.flatten(1), 0.0)
+        made = {"joint": quantize_weight(W, H, cfg), "apart": apart}
+        made["no_outliers"] = quantize_weight(W, H, replace(cfg, n_outliers=0))
+        unit = proxy_loss(W, quantize_weight(W, H, replace(cfg, sparse=False)), H)
         for key, Q in made.items():
             values[key] = values.get(key, 0.0) + proxy_loss(W, Q, H) / unit / len(layers)
     return [{"name": name, "value": value} for name, value in values.items()]

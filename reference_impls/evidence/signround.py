@@ -41,9 +41,14 @@ def codes_move_by_at_most_one(ctx) -> float:
 
 
 def offsets_within_sum_of_steps(ctx) -> float:
-    """Largest |V| at any step, and at the end, as a share of the sum of the step sizes; lr (n_iters + 1) / 2."""
+    """Largest |V| at any step, nothing clamped, as a share of the sum of the step sizes; lr (n_iters + 1) / 2."""
     seen, cfg = _offsets(ctx, n_iters=20)
     return max(float(V.abs().max()) for V in seen) / ((cfg.n_iters + 1) / (2 * cfg.n_iters))
+
+
+def offsets_within_half_a_step(ctx) -> float:
+    """Largest |V| at any step, in units of half a step of the grid, at twice the learning rate."""
+    return max(float(V.abs().max()) for V in _offsets(ctx, n_iters=20, lr=0.1, clamp_offsets=True)[0]) / 0.5
 
 
 def steps_have_one_size(ctx) -> float:
@@ -56,9 +61,9 @@ def steps_have_one_size(ctx) -> float:
     return worst
 
 
-def _offsets(ctx, n_iters: int) -> tuple[list[Tensor], Config]:
+def _offsets(ctx, n_iters: int, **how) -> tuple[list[Tensor], Config]:
     W, H, _ = ctx.layer("model.layers.1.self_attn.o_proj")
-    cfg = Config(w_bits=2, group_size=None, n_iters=n_iters)
+    cfg = Config(w_bits=2, group_size=None, n_iters=n_iters, **{"clamp_offsets": False} | how)
     rounding, seen = LearnedRounding(W, cfg), []
 
     def loss(_batch: Tensor) -> Tensor:

@@ -9,8 +9,11 @@ from dataclasses import replace
 
 import torch
 
-from requant.reference_impls import _quant, gptq
+from requant.reference_impls import _quant, gptq, omniquant
+from requant.reference_impls._clipping import MixedClippedWeight
 from requant.reference_impls._hessian import proxy_loss
+from requant.reference_impls._learn import output_error
+from requant.reference_impls._walk import copy_model, walk_blocks
 from requant.reference_impls.slim_llm import (
     OBJECTIVES,
     Config,
@@ -18,7 +21,9 @@ from requant.reference_impls.slim_llm import (
     choose_widths,
     divergence_from,
     group_salience,
+    learn_block,
     quantize_weight,
+    search_block,
 )
 
 _DOWN = "model.layers.1.mlp.down_proj"
@@ -91,3 +96,38 @@ def gain_of_calibration(ctx) -> list[dict]:
     cfg = Config(2, 32, allocation=False)
     loss = {on: proxy_loss(W, quantize_weight(W, H, replace(cfg, calibration=on)), H) for on in (True, False)}
     return [{"name": "calibrated", "value": loss[True] / loss[False]}, {"name": "minmax", "value": 1.0}]
+
+
+def plus_at_one_width_is_omniquant(ctx) -> float:
+    """Largest relative difference of the losses of SliM-LLM+ without allocation from OmniQuant's learned clipping."""
+    tokens, models = ctx.calib(4, 64), [copy_model(ctx.reference()) for _ in range(2)]
+    ours, theirs = (next(walk_blocks(model, tokens, propagate="both")) for model in models)
+    losses = learn_block(ours, {}, Config(2, 32, plus=True, epochs=2))
+    cfg = omniquant.Config(w_bits=2, group_size=32, let=False, lwc_lr=1e-2, epochs=2)
+    others = omniquant.BlockLearner(models[1], theirs, cfg).learn()
+    return max(abs(a / b - 1) for a, b in zip(losses, others, strict=True))
+
+
+def plus_stores_what_it_rounds(ctx) -> float:
+    """Largest difference of a packed layer of SliM-LLM+, at 2 and 3 bits on average, from its quantizer's weight; 0."""
+    W, H, X = ctx.layer(_DOWN, n_tokens=512)
+    worst = 0.0
+    for bits in (2, 3):
+        cfg = Config(bits, 32, plus=True)
+        widths = choose_widths(W, H, cfg, X)
+        with torch.no_grad():
+            Q = MixedClippedWeight(W, widths, 32)(W)
+        worst = max(worst, float((quantize_weight(W, H, cfg, widths) - Q).abs().max()))
+    return worst
+
+
+def learning_at_mixed_widths(ctx) -> list[dict]:
+    """Output error of the first block on test text at the widths SliM-LLM allots, 2 bits on average: 32 steps of
+    learned clipping over none."""
+    calib, tokens, errors = ctx.calib(16, 64), ctx.test_windows(8)[:, :64], {}
+    for name, epochs in (("learned", 2), ("unlearned", 0)):
+        cfg, model = Config(2, 32, plus=True, epochs=epochs, lwc_lr=0.1), copy_model(ctx.reference())
+        block, other = (next(walk_blocks(model, text, propagate="both")) for text in (calib, tokens))
+        learn_block(block, search_block(block, block.hessians(), cfg), cfg)
+        errors[name] = output_error(other)
+    return [{"name": name, "value": error / errors["unlearned"]} for name, error in errors.items()]

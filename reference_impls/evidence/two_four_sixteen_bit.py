@@ -15,6 +15,7 @@ from requant.reference_impls.two_four_sixteen_bit import (
     Config,
     choose_outliers,
     choose_widths,
+    n_outliers,
     quantize_weight,
 )
 
@@ -88,4 +89,26 @@ def outliers_by_width(ctx) -> list[dict]:
             ("none", widths == 2, replace(cfg, outlier_fraction=0)),
         )
     }
+    return [{"name": name, "value": loss / losses["none"]} for name, loss in losses.items()]
+
+
+def outliers_by_score(ctx) -> list[dict]:
+    """Proxy loss of a layer, over that without outliers, by what the outliers of its 2-bit groups are ranked by."""
+    W, H, _ = ctx.layer(_LAYER)
+    cfg = Config()
+    widths, losses = choose_widths(W, H, cfg), {}
+    none = torch.zeros(W.shape, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(ctx.seed)
+    free = (widths == 2).repeat_interleave(cfg.group_size, 1)
+    drawn = (
+        torch.rand(W.shape, generator=generator)
+        .masked_fill(~free, -1.0)
+        .flatten()
+        .topk(n_outliers(*W.shape, cfg))
+    )
+    masks = {"none": none, "random": none.flatten().scatter(0, drawn.indices, True).view(W.shape)}
+    for score in ("magnitude", "salience"):
+        masks[score] = choose_outliers(W, widths == 2, replace(cfg, outlier_score=score), H)
+    for name, mask in masks.items():
+        losses[name] = proxy_loss(W, quantize_weight(W, H, cfg, widths, mask), H)
     return [{"name": name, "value": loss / losses["none"]} for name, loss in losses.items()]
