@@ -1,4 +1,8 @@
-"""Grids that clip on purpose, the range of each by trial (QuaRot, arXiv:2404.00456v2, and its followers)."""
+"""Grids that clip on purpose, the range of each by trial.
+
+`search_grid` is the search of QuaRot (arXiv:2404.00456v2) and its followers, `search_grid_and_zero` that of OWQ
+(arXiv:2306.02272v4), which tries all zero points as well.
+"""
 
 from __future__ import annotations
 
@@ -38,3 +42,56 @@ def search_grid(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
         best, best_scale = torch.where(better, total, best), torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero, best_zero)
     return best_scale, best_zero
+
+
+def search_grid_and_zero(
+    x: Tensor, bits: int, symmetric: bool, n_steps: int, norm: float
+) -> tuple[Tensor, Tensor]:
+    """The best grid among n_steps fractions of the full step size, with each zero point 0..2^bits-1.
+
+    Every row is sorted once. A zero point z then adds to the errors without clipping what the entries below -z steps
+    and above 2^bits-1-z steps lose more, and these are the ends of the row.
+
+    Args:
+        x: [..., n]; the error is the sum of |x - q|^norm over the last dimension.
+        symmetric: must be False; there for GPTQ's signature.
+    Returns: scale, zero_point [..., 1].
+    """
+    if symmetric:
+        raise _quant.QuantizationError("the range search knows asymmetric grids only")
+    top, rows = 2**bits - 1, x.flatten(0, -2).sort(-1).values  # [m, n]
+    ends = {
+        -1: (-rows).T.contiguous(),
+        1: rows.T.flip(0).contiguous(),
+    }  # [n, m], what is clipped first comes first
+    pairs = ends[1][: rows.shape[1] // 2] + ends[-1][: rows.shape[1] // 2]  # outermost two, next two, ...
+    span = ends[1][0].clamp(min=0) + ends[-1][0].clamp(min=0)
+    span = torch.where(span == 0, 1.0, span)
+    cols = torch.arange(len(rows))
+    best, best_scale, best_zero = (
+        torch.full_like(span, torch.inf),
+        torch.empty_like(span),
+        torch.zeros_like(span),
+    )
+    for step in range(n_steps, 0, -1):
+        scale = _quant.stored_scale(span * (step / (n_steps * top)), bits)
+        if (2 * _quant.power_((pairs - top * scale).clamp_(min=0).div_(2), norm).sum(0) > best).all():
+            break  # no grid of this width or less can hold both ends of the pairs
+        level = torch.div(ends[1], scale).round_().mul_(scale)
+        inside = _quant.power_(level.sub_(ends[1]).abs_(), norm)  # errors where nothing is clipped
+        sums = torch.nn.functional.pad(inside.cumsum(0), (0, 0, 1, 0))  # [n + 1, m]
+        limits = torch.arange(top + 1) * scale[:, None]  # [m, top + 1]
+        first = {-1: torch.searchsorted(rows, -limits), 1: torch.searchsorted(rows, limits, right=True)}
+        total = sums[-1].repeat(top + 1, 1)  # [zero points, m]
+        for limit in range(top + 1):
+            low, high = first[-1][:, limit], rows.shape[1] - first[1][:, limit]  # entries that are clipped
+            for side, count, zero in ((-1, low, limit), (1, high, top - limit)):
+                clipped = (ends[side][: int(count.max())] - limits[:, limit]).clamp_(min=0)
+                extra = sums[-1] - sums[-1 - count, cols] if side < 0 else sums[count, cols]
+                total[zero] += _quant.power_(clipped, norm).sum(0) - extra
+        least, zero_point = total.min(0)
+        better = least <= best
+        best, best_scale = torch.where(better, least, best), torch.where(better, scale, best_scale)
+        best_zero = torch.where(better, zero_point.float(), best_zero)
+    shape = (*x.shape[:-1], 1)
+    return best_scale.reshape(shape), best_zero.reshape(shape)

@@ -61,6 +61,17 @@ class MixedClippedWeight(nn.Module):
             return (x > x.mean(-1, keepdim=True)).to(x.dtype)
         return _quant.quantize(x, scale, zero_point, bits)
 
+    @torch.no_grad()
+    def stored(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes [d_out, n_groups, size], scale and zero point [d_out, n_groups, 1] with the present ranges."""
+        groups = _quant.grouped(W, self.group_size)
+        codes, scale, zero = torch.empty_like(groups), *torch.empty(2, *groups.shape[:2], 1)
+        for bits in self.widths.unique().tolist():
+            chosen = self.widths == bits
+            grid = scale[:, chosen], zero[:, chosen] = self.grid(groups[:, chosen], bits)
+            codes[:, chosen] = self.codes(groups[:, chosen], *grid, bits)
+        return codes, scale, zero
+
     def forward(self, W: Tensor) -> Tensor:
         groups = _quant.grouped(W, self.group_size)
         Q = torch.empty_like(groups)

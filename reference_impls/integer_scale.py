@@ -12,20 +12,18 @@ Deviates  no official code was found, and the paper was read in abstracts and su
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from requant.reference_impls import _quant, awq, gptq, omniquant, quarot
+from requant.reference_impls import _quant, awq, quarot
 from requant.reference_impls._activation import bare
 from requant.reference_impls._anatomy import anatomy
-from requant.reference_impls._clipping import ClippedWeight, learn_ranges
-from requant.reference_impls._learn import ClippingStrengths
+from requant.reference_impls._group_codes import BASES, base_codes, clipped_codes
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._walk import (
-    Block,
     check_calib,
     copy_model,
     named_linears,
@@ -33,9 +31,6 @@ from requant.reference_impls._walk import (
     visit_blocks,
     walk_blocks,
 )
-
-_LWC_LR = 1e-2  # OmniQuant's scripts
-_BASES = ("rtn", "gptq", "awq", "omniquant")
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,7 @@ class Config:
     integer: bool = True  # False = float group scales, the scheme it is compared with
 
     def __post_init__(self) -> None:
-        check_choices(self, rounding=_BASES)
+        check_choices(self, rounding=BASES)
         if not all(2 <= bits <= 8 for bits in (self.w_bits, self.a_bits, self.down_bits or 8)):
             raise QuantizationError(
                 "w_bits, a_bits and down_bits must be from 2 to 8: codes are 8-bit integers"
@@ -66,40 +61,6 @@ class Config:
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
-
-
-def base_codes(
-    W: Tensor, H: Tensor | None, cfg: Config, clipping: ClippingStrengths | None = None
-) -> tuple[Tensor, Tensor]:
-    """Signed codes int8 [d_out, n_groups, group] and float scales [d_out, n_groups, 1] of the base quantizer.
-
-    Args:
-        clipping: OmniQuant's learned strengths of the groups; None: learned on the output error of this layer.
-    """
-    if cfg.rounding != "rtn" and H is None and clipping is None:
-        raise QuantizationError(
-            f"rounding {cfg.rounding!r} needs H, the second moments of the inputs, from calib"
-        )
-    if cfg.rounding == "gptq":
-        how = gptq.Config(cfg.w_bits, cfg.group_size, symmetric=True)
-        rounded = gptq.round_columns(W, H, how, _quant.absmax_qparams)
-        codes = _quant.grouped(rounded.codes.T, cfg.group_size)
-        scale, zero_point = rounded.scale.T[..., None], rounded.zero_point.T[..., None]
-        return (codes - zero_point).to(torch.int8), scale
-    if cfg.rounding == "awq":
-        W = awq.clip_weight(W, H, _awq_config(cfg))
-    groups = _quant.grouped(W, cfg.group_size)
-    scale, zero_point = _quant.absmax_qparams(groups, cfg.w_bits)
-    if cfg.rounding == "omniquant":
-        how = omniquant.Config(cfg.w_bits, group_size=cfg.group_size, symmetric=True, lwc_lr=_LWC_LR)
-        clipping = omniquant.learn_clipping(W, H, how) if clipping is None else clipping
-        scale, zero_point = clipping.stored_grid(groups, cfg.w_bits, symmetric=True)
-    codes = _quant.quantize(groups, scale, zero_point, cfg.w_bits)
-    return (codes - zero_point).to(torch.int8), scale
-
-
-def _awq_config(cfg: Config) -> awq.Config:
-    return awq.Config(cfg.w_bits, cfg.group_size)
 
 
 def choose_amplifier(scale: Tensor, cfg: Config) -> int:
@@ -231,51 +192,40 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
     """
     model = quarot.rotate(model, quarot.Config()) if cfg.rotate else copy_model(model)
     if cfg.rounding == "awq":  # scales folded and ranges clipped: what is left is rounding to nearest
-        model, cfg = awq.transform(model, calib, _awq_config(cfg)), replace(cfg, rounding="rtn")
+        model = awq.transform(model, calib, awq.Config(cfg.w_bits, cfg.group_size))
+        cfg = replace(cfg, rounding="rtn")
     if cfg.rounding == "rtn":
         for module in visit_blocks(model):
-            _replace_linears(module, lambda name, W, own: base_codes(W, None, own), cfg)
+            own, linears = _settings(module, cfg), named_linears(module)
+            codes = {name: base_codes(one.weight.float(), None, own[name]) for name, one in linears.items()}
+            _replace_linears(module, codes, own)
         return model
     check_calib(calib)
     for block in walk_blocks(model, calib, propagate="both" if cfg.rounding == "omniquant" else "quantized"):
-        if cfg.rounding == "gptq":
+        own, linears = _settings(block.module, cfg), named_linears(block.module)
+        if cfg.rounding == "omniquant":
+            codes = clipped_codes(block, own)
+        else:
             hessians = block.hessians()
-            _replace_linears(block.module, lambda name, W, own, H=hessians: base_codes(W, H[name], own), cfg)
-            continue
-        weights, clips = _learn(block, cfg)
-        _replace_linears(
-            block.module,
-            lambda name, _W, own, weights=weights, clips=clips: base_codes(
-                weights[name], None, own, clips[name].strengths
-            ),
-            cfg,
-        )
+            codes = {
+                name: base_codes(one.weight.float(), hessians[name], own[name])
+                for name, one in linears.items()
+            }
+        _replace_linears(block.module, codes, own)
     return model
 
 
-def _learn(block: Block, cfg: Config) -> tuple[dict[str, Tensor], dict[str, ClippedWeight]]:
-    """OmniQuant's clipping of a block's groups, symmetric, with the settings of its scripts; and the weights before."""
-    linears = named_linears(block.module)
-    weights = {name: linear.weight.float().clone() for name, linear in linears.items()}
-    clips = {
-        name: ClippedWeight(W, _own(cfg, block.module, linears[name]).w_bits, cfg.group_size, True)
-        for name, W in weights.items()
-    }
-    learn_ranges(block, clips, lr=_LWC_LR, epochs=cfg.epochs, batch_size=1)
-    return weights, clips
-
-
-def _own(cfg: Config, block: nn.Module, linear: nn.Linear) -> Config:
-    """The settings of one linear: down_proj may have other bits."""
-    if cfg.down_bits is None or linear is not bare(anatomy(block)).down:
-        return cfg
-    return replace(cfg, w_bits=cfg.down_bits)
+def _settings(block: nn.Module, cfg: Config) -> dict[str, Config]:
+    """The settings of each linear of a block, by name: down_proj may have other bits."""
+    linears = named_linears(block)
+    if cfg.down_bits is None:
+        return dict.fromkeys(linears, cfg)
+    wider, down = replace(cfg, w_bits=cfg.down_bits), bare(anatomy(block)).down
+    return {name: wider if linear is down else cfg for name, linear in linears.items()}
 
 
 def _replace_linears(
-    block: nn.Module, codes: Callable[[str, Tensor, Config], tuple[Tensor, Tensor]], cfg: Config
+    block: nn.Module, codes: Mapping[str, tuple[Tensor, Tensor]], settings: Mapping[str, Config]
 ) -> None:
-    linears = {name: (linear, _own(cfg, block, linear)) for name, linear in named_linears(block).items()}
-    for name, (linear, own) in linears.items():
-        made = codes(name, linear.weight.float(), own)
-        replace_module(block, name, GroupedLinear(*made, linear.bias, own))
+    for name, linear in named_linears(block).items():
+        replace_module(block, name, GroupedLinear(*codes[name], linear.bias, settings[name]))

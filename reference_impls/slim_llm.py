@@ -188,7 +188,7 @@ def pack_weight(W: Tensor, H: Tensor, cfg: Config, widths: list[int] | None = No
     _check(cfg)
     widths = choose_widths(W, H, cfg) if widths is None else widths
     if cfg.plus:
-        codes, scale, zero = _start_of_plus(W, widths, cfg)
+        codes, scale, zero = MixedClippedWeight(W, widths, cfg.group_size, cfg.clip_init).stored(W)
     else:
         how = gptq.Config(cfg.w_bits, cfg.group_size, damp_ratio=cfg.damp_ratio, block_size=cfg.block_size)
 
@@ -202,21 +202,6 @@ def pack_weight(W: Tensor, H: Tensor, cfg: Config, widths: list[int] | None = No
     if cfg.w_bits > 2:
         return packed
     return {key: t for key, t in packed.items() if "zero" not in key} | {"zero_point": zero.half()}
-
-
-@torch.no_grad()
-def _start_of_plus(W: Tensor, widths: list[int], cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes [d_out, n_groups, size], scale and zero point [d_out, n_groups, 1] before SliM-LLM+ learns anything."""
-    clipped, groups = (
-        MixedClippedWeight(W, widths, cfg.group_size, cfg.clip_init),
-        _quant.grouped(W, cfg.group_size),
-    )
-    codes, scale, zero = torch.empty_like(groups), *torch.empty(2, *groups.shape[:2], 1)
-    for bits in set(widths):
-        chosen = clipped.widths == bits
-        grid = scale[:, chosen], zero[:, chosen] = clipped.grid(groups[:, chosen], bits)
-        codes[:, chosen] = clipped.codes(groups[:, chosen], *grid, bits)
-    return codes, scale, zero
 
 
 def _choices(cfg: Config) -> tuple[int, ...]:

@@ -23,11 +23,11 @@ from requant.reference_impls.duquant import (
     quantize_weight,
     search_rotation,
     search_transform,
-    smooth,
     transform,
     transform_block,
     zigzag,
 )
+from requant.reference_impls.smoothquant import smooth_sites
 
 _LAYER = ("model.layers.1.mlp.down_proj", "reference-outlier", 512)  # 4 of 768 channels have outliers
 
@@ -133,7 +133,7 @@ def product_errors(ctx) -> list[dict]:
 def _first_blocks(ctx, settings: list[Config], model: str, tokens: Tensor) -> Iterator[tuple[Block, Block]]:
     """For each setting the first block, rounded for 16 samples of 64 tokens, and the same one fed with other tokens."""
     smoothed, calib = copy_model(ctx.reference(model)), ctx.calib(16, 64)
-    smooth(smoothed, calib, 0.5)
+    smooth_sites(smoothed, calib, 0.5)
     for cfg in settings:
         block, other = (next(walk_blocks(copy_model(smoothed), t, propagate="both")) for t in (calib, tokens))
         other.module = block.module

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import _quant
+from requant.reference_impls._group_codes import base_codes
 from requant.reference_impls._hessian import proxy_loss
 from requant.reference_impls._walk import named_linears
 from requant.reference_impls.integer_scale import (
     Config,
     GroupedLinear,
-    base_codes,
     effective_scale,
     integer_scales,
     largest_accumulator,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import _quant, gptq
+from requant.reference_impls._clip_search import search_grid_and_zero
 from requant.reference_impls._fine_tuned import capitals, loss
 from requant.reference_impls._hessian import damped, proxy_loss
 from requant.reference_impls._outliers import TunableColumns, other_columns, top_columns
@@ -21,7 +22,6 @@ from requant.reference_impls.owq import (
     column_scores,
     quantize_keeping_columns,
     quantize_weight,
-    search_grid,
     to_even,
     tune_columns,
 )
@@ -59,7 +59,7 @@ def search_is_exhaustive(ctx) -> float:
             q = _quant.dequantize(_quant.quantize(x, scale, zero, bits), scale, zero)
             errors.append((x - q).abs().pow(2.4).sum(1))
     best = torch.stack(errors[1:]).amin(0)
-    scale, zero = search_grid(x, bits, False, steps, 2.4)
+    scale, zero = search_grid_and_zero(x, bits, False, steps, 2.4)
     q = _quant.dequantize(_quant.quantize(x, scale, zero, bits), scale, zero)
     return float(((x - q).abs().pow(2.4).sum(1) / best - 1).max())
 
