@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from requant.reference_impls._ranges import round_between
+from requant.reference_impls._ranges import round_between, token_range
 from requant.reference_impls.outlier_suppression_plus import (
     Config,
     migrate,
@@ -98,3 +98,15 @@ def searched_against_formula(ctx) -> list[dict]:
         {"name": "smoothed", "value": 1.0},
         {"name": "none", "value": min(none)},
     ]
+
+
+def clipped_range_leaves_out_a_share(ctx) -> float:
+    """Largest share of tokens beyond a range that leaves out 1.5 % at either end, over that share.
+
+    And the largest distance from the minimum and maximum of a range that leaves out none, which is 0.
+    """
+    X = ctx.layer("model.layers.2.mlp.down_proj", n_tokens=1024)[2].unflatten(0, (4, 256))
+    whole = torch.stack(token_range(X, 0.0)) - torch.stack([X.amin((1, 2)), X.amax((1, 2))])
+    low, high = (end[:, None] for end in token_range(X, 0.015))
+    beyond = torch.stack([(X.amax(-1) > high).float().mean(1), (X.amin(-1) < low).float().mean(1)])
+    return float(beyond.max() / 0.015 + whole.abs().max())
