@@ -1,7 +1,7 @@
 """Run a protocol on a model: perplexity, its standard error, and the divergence from an unquantized model.
 
-Scoring is written once for all protocols that requant runs itself: windows are fed without padding, and only
-the logits that predict a scored token are looked at. Protocols of lm-eval are handed to lm-eval (harness.py).
+Scoring is written once for all protocols that requant runs itself (scoring.py): windows are fed without padding, and
+only the logits that predict a scored token are made. Protocols of lm-eval are handed to lm-eval (harness.py).
 """
 
 from __future__ import annotations
@@ -10,12 +10,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from requant.catalog.corpus import (
     Checks,
@@ -29,13 +27,12 @@ from requant.catalog.corpus import (
 )
 from requant.catalog.gate import CheckMismatch, fp16_gate, tokenizer_family, verify_checks
 from requant.catalog.protocols import REFERENCE_TEXT, Protocol, get_protocol
+from requant.catalog.scoring import score_windows
 
 __all__ = [
     "CheckMismatch", "Checks", "DatasetUnavailable", "Evaluation", "EvaluationError", "Window", "Windows",
     "documents", "evaluate", "fp16_gate", "token_windows", "tokenizer_family", "verify_checks",
 ]  # fmt: skip
-BATCH_TOKENS = 4096  # tokens a forward pass by default: 16 windows of 256, 2 of 2048
-LOGITS_AT_ONCE = 2**25  # float32 logits normalized at once: 128 MiB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +124,8 @@ def evaluate(
         raise ValueError(f"these windows were cut for {windows.protocol}, not for {protocol.id}")
     _check_positions(model, protocol)
     with eval_mode(model), eval_mode(reference_model), torch.inference_mode():
-        rows = list(_score_windows(model, reference_model, windows.windows, protocol, batch_size, progress))
+        how = (protocol, batch_size, progress)
+        rows = list(score_windows(model, reference_model, windows.windows, *how))
     return _summary(torch.cat(rows), windows, protocol, reference_model is not None)
 
 
@@ -172,86 +170,6 @@ def eval_mode(model: nn.Module | None) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
-
-
-def _score_windows(
-    model: nn.Module,
-    reference: nn.Module | None,
-    windows: Sequence[Window],
-    protocol: Protocol,
-    batch_size: int | None,
-    progress: Callable[[int, int], None] | None,
-) -> Iterator[Tensor]:
-    """Per batch float64 [n, 4]: scored tokens, and sums over them of the loss, the KL and the agreements."""
-    done = 0
-    for (length, first), group in groupby(windows, key=lambda window: (len(window.ids), window.first_scored)):
-        alike = list(group)
-        size = batch_size or max(1, BATCH_TOKENS // length)
-        for start in range(0, len(alike), size):
-            ids = torch.stack([window.ids for window in alike[start : start + size]])  # [n, length]
-            fed = ids[:, :-1] if protocol.windows.fed == "all-but-last" else ids
-            logits = _logits(model, fed, first, length)  # [n, length - first, vocab]
-            targets = ids[:, first:].to(logits.device)
-            _require_finite(logits, protocol, done, "logits")
-            losses = _losses(logits, targets, protocol.score.loss_dtype)
-            _require_finite(losses, protocol, done, "losses")
-            other = None if reference is None else _logits(reference, fed, first, length)
-            counts = torch.full((len(ids),), length - first, dtype=torch.float64)
-            yield torch.stack([counts, losses.cpu(), *_divergence(logits, other)], dim=1)
-            done += len(ids)
-            if progress is not None:
-                progress(done, len(windows))
-
-
-def _logits(model: nn.Module, fed: Tensor, first: int, length: int) -> Tensor:
-    """Logits that predict positions first..length-1. The cache is the model's business, as in lm-eval."""
-    device = next(chain(model.parameters(), model.buffers()), fed).device
-    output = model(fed.to(device))
-    return getattr(output, "logits", output)[:, first - 1 : length - 1]
-
-
-def _require_finite(values: Tensor, protocol: Protocol, done: int, what: str) -> None:
-    if math.isfinite(
-        values.sum(dtype=torch.float32)
-    ):  # one cheap pass; the rest only when something is wrong
-        return
-    if not torch.isfinite(values).all():
-        bad = (
-            ~torch.isfinite(values).flatten(1).all(dim=1) if values.ndim > 1 else ~torch.isfinite(values)
-        ).nonzero()
-        raise EvaluationError(
-            f"{protocol.id}: the {what} of window {done + int(bad[0])} are not finite (NaN or infinite)"
-        )
-
-
-def _chunks(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    step = max(1, LOGITS_AT_ONCE // logits.shape[-1])
-    return zip(*(tensor.split(step) for tensor in (logits, *others)), strict=True)
-
-
-def _losses(logits: Tensor, targets: Tensor, loss_dtype: str) -> Tensor:
-    """Loss summed over each window's targets: float64 [n]. `model` rounds each mean to the logits' dtype."""
-    if loss_dtype == "model":
-        pairs = zip(logits, targets, strict=True)
-        return torch.stack([functional.cross_entropy(*pair).double() * targets.shape[1] for pair in pairs])
-    parts = [
-        functional.cross_entropy(chunk.float(), target, reduction="none")
-        for chunk, target in _chunks(logits.flatten(0, 1), targets.flatten())
-    ]
-    return torch.cat(parts).view_as(targets).double().sum(dim=1)
-
-
-def _divergence(logits: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Per window sums of KL(other || model) and of equal first choices: float64 [n] each, or zeros."""
-    n, n_targets, _ = logits.shape
-    if other is None:
-        return torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
-    divergence, same = [], []
-    for mine, theirs in _chunks(logits.flatten(0, 1), other.flatten(0, 1).to(logits.device)):
-        p, q = theirs.float().log_softmax(-1), mine.float().log_softmax(-1)
-        divergence.append((p.exp() * (p - q)).sum(-1))
-        same.append(mine.argmax(-1) == theirs.argmax(-1))
-    return tuple(torch.cat(part).view(n, n_targets).double().sum(dim=1).cpu() for part in (divergence, same))
 
 
 def _summary(rows: Tensor, windows: Windows, protocol: Protocol, compared: bool) -> Evaluation:

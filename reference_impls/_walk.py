@@ -271,7 +271,7 @@ def _first_input(model: nn.Module, block: nn.Module, batch: Tensor) -> Tensor:
 
     handle = block.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        model(batch.to(model.device), use_cache=False)
+        model.base_model(batch.to(model.device), use_cache=False)
     except _Stop:
         pass
     finally:
@@ -297,7 +297,7 @@ def _block_kwargs(model: nn.Module, blocks: nn.ModuleList, batches: tuple[Tensor
 
         handles.append(block.register_forward_pre_hook(keep, with_kwargs=True))
     try:
-        model(batches[0][:1].to(model.device), use_cache=False)
+        model.base_model(batches[0][:1].to(model.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from families import FAMILIES, made
 from torch import nn
 
+from requant.catalog import scoring
 from requant.catalog.evaluate import EvaluationError, Windows, evaluate, ratio, token_windows, verify_checks
 from requant.catalog.evaluate import documents as load_documents
 from requant.catalog.protocols import get_protocol
@@ -31,6 +33,17 @@ class Bigram(nn.Module):
     def forward(self, input_ids):
         self.fed.append(tuple(input_ids.shape))
         return SimpleNamespace(logits=self.dropout(self.table[input_ids]))
+
+
+class Plain(nn.Module):
+    """A model that shows nothing but its logits."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids):
+        return SimpleNamespace(logits=self.model(input_ids).logits)
 
 
 class Digits:
@@ -102,6 +115,40 @@ def test_batches_do_not_matter(reference, few):
         for n in (1, 4, 6)
     ]
     assert values == pytest.approx([values[0]] * 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_made_a_few_at_a_time_are_those_of_the_whole_model(family, few, monkeypatch):
+    """In each family, soft caps included; 64 logits at once are fewer than one position has."""
+    model = made(family)
+    if family == "gemma2":
+        assert model.config.final_logit_softcapping
+    worse = copy.deepcopy(model)
+    for parameter in worse.parameters():
+        parameter.mul_(0.5)
+    whole = Plain(model), Plain(worse)
+    protocol = get_protocol(SHORT)
+    few = dataclasses.replace(few, windows=few.windows[:2])
+    expected = evaluate(whole[0], None, protocol, windows=few, reference_model=whole[1])
+    assert expected.kl > 0.001
+    for at_once in (scoring.LOGITS_AT_ONCE, 3 * 2048 + 5):
+        monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", at_once)
+        found = evaluate(model, None, protocol, windows=few, reference_model=worse)
+        assert (found.nll, found.kl) == pytest.approx((expected.nll, expected.kl), rel=1e-5)
+        assert found.top1_agreement == expected.top1_agreement
+    assert "forward" not in vars(model.get_decoder()) and not model.get_decoder()._forward_hooks
+
+
+def test_no_more_logits_are_held_than_needed(reference, few, monkeypatch):
+    """The head is given a few positions at a time, and only those that are scored."""
+    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 100 * 2048)
+    given = []
+    handle = reference.model.lm_head.register_forward_pre_hook(lambda _, args: given.append(args[0].shape[1]))
+    try:
+        evaluate(reference.model, reference.tokenizer, SHORT, windows=few)
+    finally:
+        handle.remove()
+    assert max(given) <= 100 and sum(given) == few.n_scored
 
 
 def test_divergence_from_the_unquantized_model(reference, few):
