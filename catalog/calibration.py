@@ -4,11 +4,12 @@ Rules     crops-of-documents  a random document with at least seqlen tokens, the
           C4)
           crops-of-joined     random crops of the joined and tokenized text (GPTQ, WikiText-2)
           packed-short        shuffled documents of at most seqlen tokens, joined, cut in blocks (AWQ, Pile)
+          truncated           shuffled documents, truncated to seqlen tokens; shorter ones stay (SmoothQuant, Pile)
           truncated-long      shuffled documents of seqlen tokens or more, truncated, but for those that mostly
           repeat their last token (AutoRound, Pile)
           reference           windows of the reference text, BOS first
 Source    IST-DASLab/gptq@2d65066 datautils.py; mit-han-lab/llm-awq@d6e797a awq/utils/calib_data.py;
-          intel/auto-round@b9f3d00, as its paper states it
+          mit-han-lab/smoothquant@43ded6c smoothquant/calibration.py; intel/auto-round@b9f3d00, as its paper states it
 """
 
 from __future__ import annotations
@@ -33,9 +34,13 @@ class CalibrationError(ValueError):
     """The text cannot give the calibration set; the message says which rule failed and why."""
 
 
-def draw(calibration: Calibration, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
-    """Calibration tokens int64 [n_samples, seqlen] from the documents of the calibration's dataset.
+Tokens = Tensor | list[Tensor]
 
+
+def draw(calibration: Calibration, tokenizer: Tokenizer, texts: Sequence[str]) -> Tokens:
+    """Calibration tokens from the documents of the calibration's dataset.
+
+    Returns: int64 [n_samples, seqlen]; where a rule keeps shorter samples, one such tensor for each length.
     Raises: CalibrationError if the rule is not one that can be run, or the text is too short for it.
     """
     if calibration.rule not in _RULES:
@@ -51,7 +56,7 @@ def calibration_tokens(
     tokenizer: Tokenizer,
     download: bool = False,
     paths: Mapping[str, str | Path] | None = None,
-) -> Tensor:
+) -> Tokens:
     """`draw` on the calibration's own dataset, or on the file given for it (see corpus.documents).
 
     Raises: DatasetUnavailable if it is not here.
@@ -126,6 +131,20 @@ def _packed_short(calibration: Calibration, tokenizer: Tokenizer, texts: Sequenc
     return tokens[: n_blocks * calibration.seqlen].view(n_blocks, calibration.seqlen)
 
 
+def _truncated(calibration: Calibration, tokenizer: Tokenizer, texts: Sequence[str]) -> list[Tensor]:
+    by_length: dict[int, list[list[int]]] = {}
+    for index in _shuffled(len(texts), calibration.seed)[: calibration.n_samples]:
+        ids = _encode(tokenizer, texts[index])[: calibration.seqlen]
+        by_length.setdefault(len(ids), []).append(ids)
+    n_samples = sum(map(len, by_length.values()))
+    if n_samples < calibration.n_samples or 0 in by_length:
+        problem = "an empty one" if 0 in by_length else f"only {n_samples}"
+        raise CalibrationError(
+            f"{calibration.id}: among {calibration.n_samples} documents there would be {problem}"
+        )
+    return [torch.tensor(samples) for samples in by_length.values()]
+
+
 def _truncated_long(calibration: Calibration, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
     kept: list[list[int]] = []
     for index in _shuffled(len(texts), calibration.seed):
@@ -144,9 +163,10 @@ def _shuffled(n: int, seed: int) -> Sequence[int]:
     return np.random.default_rng(seed).permutation(n).tolist()
 
 
-_RULES: dict[str, Callable[[Calibration, Tokenizer, Sequence[str]], Tensor]] = {
+_RULES: dict[str, Callable[[Calibration, Tokenizer, Sequence[str]], Tokens]] = {
     "crops-of-documents": _crops_of_documents,
     "crops-of-joined": _crops_of_joined,
     "packed-short": _packed_short,
+    "truncated": _truncated,
     "truncated-long": _truncated_long,
 }

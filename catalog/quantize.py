@@ -19,7 +19,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from requant.catalog.calibration import CalibrationError, calibration_tokens
+from requant.catalog.calibration import CalibrationError, Tokens, calibration_tokens
 from requant.catalog.checkpoints import NotHere, find_checkpoint, load_checkpoint
 from requant.catalog.compressed import NotExpressible, on_grid, save_compressed
 from requant.catalog.corpus import DatasetUnavailable
@@ -126,8 +126,8 @@ def _load_model(job: Job) -> tuple[nn.Module, Any]:
         raise QuantizeError(f"--model {job.model} cannot be loaded: {_short(problem)}") from problem
 
 
-def _calibration(job: Job, model: nn.Module, tokenizer: Any) -> Tensor | None:
-    """Calibration tokens int64 [n_samples, seqlen]; None for a real model if none are named."""
+def _calibration(job: Job, model: nn.Module, tokenizer: Any) -> Tokens | None:
+    """Calibration tokens (calibration.draw); None for a real model if none are named."""
     own = job.model in models.VARIANTS
     if job.calibration is None:
         return models.calibration_tokens(seed=job.seed) if own else None
@@ -160,7 +160,7 @@ def _calibrations() -> dict[str, Calibration]:
 
 
 def _run(
-    job: Job, impl: ModuleType, model: nn.Module, calib: Tensor | None, cfg: object, keep: bool
+    job: Job, impl: ModuleType, model: nn.Module, calib: Tokens | None, cfg: object, keep: bool
 ) -> tuple[Plain, Records, float]:
     """Run the method: the model taken apart, what was packed on the way (keep: all of it), and seconds."""
     started = time.perf_counter()
@@ -229,15 +229,22 @@ def _save_compressed(job: Job, plain: Plain, cfg: object, folder: Path) -> tuple
     return written, _DYNAMIC if dynamic else "" if plain.weight_only else _STATIC
 
 
-def _provenance(job: Job, cfg: object, layout: str, bits: float, calib: Tensor | None) -> dict[str, Any]:
+def _provenance(job: Job, cfg: object, layout: str, bits: float, calib: Tokens | None) -> dict[str, Any]:
     named = job.calibration or ("reference text" if calib is not None else None)
     return {
         "model": Path(job.model).name if Path(job.model).is_dir() else job.model,
         "method": job.method, "config": dataclasses.asdict(cfg), "calibration": named,
-        "calibration_shape": None if calib is None else list(calib.shape), "seed": job.seed,
+        "calibration_shape": _shape(calib), "seed": job.seed,
         "layout": layout, "bits_per_weight": bits,
         "versions": {name: version(name) for name in ("requant", "torch", "transformers")},
     }  # fmt: skip
+
+
+def _shape(calib: Tokens | None) -> list | None:
+    """[n_samples, seqlen], or one such pair for each length."""
+    if calib is None or isinstance(calib, Tensor):
+        return None if calib is None else list(calib.shape)
+    return [list(part.shape) for part in calib]
 
 
 def _short(problem: BaseException) -> str:

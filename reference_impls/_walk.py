@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from requant.reference_impls._hessian import gram
 from requant.reference_impls._quant import QuantizationError
 from requant.reference_impls._residence import FILES, HALF, away, homes_of_a_copy, mapped, placed, visit
+
+Calib = Tensor | Sequence[Tensor]  # int64 [n_samples, seqlen], or several of different lengths
 
 
 class UnsupportedModelError(QuantizationError):
@@ -121,6 +123,7 @@ class Block:
     Attributes:
         inputs: hidden states [n_samples, seqlen, hidden], one tensor per batch.
         kwargs: the other arguments the model calls the block with (mask, position embeddings, ...).
+        kwargs_of: the same by sequence length, where samples have several.
         original_inputs, targets: with propagate="both", the inputs that unchanged blocks give, and the outputs of
             this block as it was on them; batched like `inputs`. Elsewhere empty.
     """
@@ -130,6 +133,7 @@ class Block:
     module: nn.Module
     inputs: list[Tensor]
     kwargs: Mapping[str, object]
+    kwargs_of: Mapping[int, Mapping[str, object]] = field(default_factory=dict)
     original_inputs: list[Tensor] = field(default_factory=list)
     targets: list[Tensor] = field(default_factory=list)
 
@@ -150,7 +154,7 @@ class Block:
             key: value.repeat(len(batch), *[1] * (value.ndim - 1))
             if isinstance(value, Tensor) and value.ndim >= 3 and len(value) > 1
             else value
-            for key, value in self.kwargs.items()
+            for key, value in self.kwargs_of.get(batch.shape[1], self.kwargs).items()
         }
         if parameters:
             output = torch.func.functional_call(self.module, dict(parameters), (batch,), kwargs)
@@ -213,7 +217,12 @@ class Block:
 
 @torch.no_grad()
 def walk_blocks(
-    model: nn.Module, calib: Tensor, *, batch_size: int = 16, propagate: str = "quantized"
+    model: nn.Module,
+    calib: Calib,
+    *,
+    batch_size: int = 16,
+    propagate: str = "quantized",
+    several_lengths: bool = False,
 ) -> Iterator[Block]:
     """Yield every decoder block, first to last, with its calibration inputs.
 
@@ -222,17 +231,20 @@ def walk_blocks(
         propagate: "quantized" feeds a block with the outputs of the blocks before it as the caller left
             them (GPTQ); "original" with their outputs before the caller changed them (AWQ); "both" gives the
             first as `inputs` and the second as `original_inputs`, with `targets` to be reconstructed (OmniQuant).
+        several_lengths: the caller can do with batches of different sequence lengths, as a list of tensors gives them.
     """
-    check_calib(calib)
+    check_calib(calib, several_lengths)
     blocks = decoder_blocks(model)
     names = {id(module): name for name, module in model.named_modules()}
-    batches = calib.split(batch_size)
-    kwargs = _block_kwargs(model, blocks, batches)
+    batches = batches_of(calib, batch_size)
+    kwargs = {batch.shape[1]: batch for batch in batches}  # one batch of each length
+    kwargs = {length: _block_kwargs(model, blocks, batch) for length, batch in kwargs.items()}
     inputs = [_kept(_full(_first_input(model, blocks[0], batch))) for batch in batches]
     originals = inputs
     for index in range(len(blocks)):
         with _at_hand(blocks, index) as module:
-            block = Block(index, names[id(module)], module, inputs, kwargs[index])
+            kwargs_of = {length: found[index] for length, found in kwargs.items()}
+            block = Block(index, names[id(module)], module, inputs, kwargs_of[batches[0].shape[1]], kwargs_of)
             if propagate == "both":
                 block.original_inputs = originals
                 originals = block.targets = [_kept(block.forward(batch)) for batch in originals]
@@ -245,14 +257,30 @@ def walk_blocks(
             inputs = ahead
 
 
-def check_calib(calib: Tensor | None) -> None:
-    """Raise QuantizationError unless calib is a non-empty int64 [n_samples, seqlen]."""
+def check_calib(calib: Calib | None, several_lengths: bool = False) -> None:
+    """Raise QuantizationError unless calib is a non-empty int64 [n_samples, seqlen], or a list of such if allowed."""
     if calib is None:
         raise QuantizationError("this method needs calibration data: pass calib as int64 [n_samples, seqlen]")
+    if not isinstance(calib, Tensor):
+        if not several_lengths:
+            raise QuantizationError(
+                f"this method needs samples of one length; these have {len(calib)} lengths"
+            )
+        for part in calib:
+            check_calib(part)
+        if len(calib):
+            return
+        raise QuantizationError("calib is an empty list")
     if calib.ndim != 2 or calib.dtype != torch.int64 or not calib.numel():
         raise QuantizationError(
             f"calib must be int64 [n_samples, seqlen], got {calib.dtype} {list(calib.shape)}"
         )
+
+
+def batches_of(calib: Calib, size: int) -> list[Tensor]:
+    """Calibration samples in batches of at most `size`, each of one length."""
+    parts = [calib] if isinstance(calib, Tensor) else calib
+    return [batch for part in parts for batch in part.split(size)]
 
 
 def _full(value: Any) -> Any:
@@ -279,7 +307,7 @@ def _first_input(model: nn.Module, block: nn.Module, batch: Tensor) -> Tensor:
     return seen[0]
 
 
-def _block_kwargs(model: nn.Module, blocks: nn.ModuleList, batches: tuple[Tensor, ...]) -> list[dict]:
+def _block_kwargs(model: nn.Module, blocks: nn.ModuleList, batch: Tensor) -> list[dict]:
     """What the model passes to each block besides hidden states; taken from a one-sample forward pass.
 
     Without padding these depend on the sequence length alone.
@@ -297,7 +325,7 @@ def _block_kwargs(model: nn.Module, blocks: nn.ModuleList, batches: tuple[Tensor
 
         handles.append(block.register_forward_pre_hook(keep, with_kwargs=True))
     try:
-        model.base_model(batches[0][:1].to(model.device), use_cache=False)
+        model.base_model(batch[:1].to(model.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

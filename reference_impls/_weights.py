@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls._anatomy import anatomy
-from requant.reference_impls._walk import Block, copy_model, named_linears, visit_blocks, walk_blocks
+from requant.reference_impls._walk import Block, Calib, copy_model, named_linears, visit_blocks, walk_blocks
 
 LayerQuantizer = Callable[
     [Tensor, Tensor | None], Tensor
@@ -28,7 +28,7 @@ def quantize_linears(model: nn.Module, quantize_weight: LayerQuantizer) -> nn.Mo
 @torch.no_grad()
 def quantize_blockwise(
     model: nn.Module,
-    calib: Tensor,
+    calib: Calib,
     quantize_weight: Callable[..., Tensor],
     *,
     true_sequential: bool = False,
@@ -44,7 +44,7 @@ def quantize_blockwise(
     through quantize_weight(W, H, name), named as in its block.
     """
     model = copy_model(model)
-    for block in walk_blocks(model, calib):
+    for block in walk_blocks(model, calib, several_lengths=True):
         stages = sequential_stages(block) if true_sequential else [named_linears(block.module)]
         for stage in stages:
             hessians = block.hessians(stage)

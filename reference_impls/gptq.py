@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from requant.reference_impls import _quant
 from requant.reference_impls._hessian import damped, inverse_cholesky, proxy_loss
-from requant.reference_impls._walk import check_calib
+from requant.reference_impls._walk import Calib, check_calib
 from requant.reference_impls._weights import quantize_blockwise
 
 
@@ -141,9 +141,13 @@ def quantize_weight(W: Tensor, H: Tensor, cfg: Config) -> Tensor:
     return round_columns(W, H, cfg).dequantize()
 
 
-def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
-    """Quantize the decoder blocks first to last, each on the outputs of the quantized blocks before it (Sec. 4)."""
-    check_calib(calib)
+def quantize(model: nn.Module, calib: Calib | None, cfg: Config) -> nn.Module:
+    """Quantize the decoder blocks first to last, each on the outputs of the quantized blocks before it (Sec. 4).
+
+    Args:
+        calib: int64 [n_samples, seqlen], or several such tensors of different lengths.
+    """
+    check_calib(calib, several_lengths=True)
     return quantize_blockwise(
         model, calib, lambda W, H: quantize_weight(W, H, cfg), true_sequential=cfg.true_sequential
     )

@@ -24,7 +24,9 @@ from requant.reference_impls._anatomy import anatomy, fold_channel_scale, requir
 from requant.reference_impls._equivalence import Site, sites
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._walk import (
+    Calib,
     UnsupportedModelError,
+    batches_of,
     check_calib,
     copy_model,
     decoder_blocks,
@@ -72,9 +74,7 @@ class Config:
 
 
 @torch.no_grad()
-def observe_linears(
-    model: nn.Module, calib: Tensor, see: Callable[[nn.Linear, Tensor, Tensor], None]
-) -> None:
+def observe_linears(model: nn.Module, calib: Calib, see: Callable[[nn.Linear, Tensor, Tensor], None]) -> None:
     """Run the decoder on calib and call see(linear, X [n_tokens, d_in], Y [n_tokens, d_out]) for each block linear."""
 
     def hook(linear: nn.Linear, args: tuple, output: Tensor) -> None:
@@ -83,14 +83,14 @@ def observe_linears(
     linears = [linear for block in decoder_blocks(model) for linear in named_linears(block).values()]
     handles = [linear.register_forward_hook(hook) for linear in linears]
     try:
-        for batch in calib.split(8):
+        for batch in batches_of(calib, 8):
             model.base_model(batch.to(model.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
 
 
-def channel_peaks(model: nn.Module, calib: Tensor) -> dict[nn.Linear, Tensor]:
+def channel_peaks(model: nn.Module, calib: Calib) -> dict[nn.Linear, Tensor]:
     """max |X_j| over all calibration tokens, for each linear of the blocks: float32 [d_in]."""
     peaks: dict[nn.Linear, Tensor] = {}
 
@@ -102,7 +102,7 @@ def channel_peaks(model: nn.Module, calib: Tensor) -> dict[nn.Linear, Tensor]:
     return peaks
 
 
-def static_scales(model: nn.Module, calib: Tensor, cfg: Config) -> dict[nn.Linear, tuple[Tensor, Tensor]]:
+def static_scales(model: nn.Module, calib: Calib, cfg: Config) -> dict[nn.Linear, tuple[Tensor, Tensor]]:
     """Fixed step sizes (input, output) of each linear: the calibration maximum / (2^(b-1) - 1), float32 scalars.
 
     With static_clip_ratio the largest tokens are left out of the maximum, by their own largest value.
@@ -137,14 +137,14 @@ def smoothing_factors(act_peak: Tensor, weights: Sequence[Tensor], alpha: float)
 
 
 @torch.no_grad()
-def smooth(model: nn.Module, calib: Tensor, alpha: float) -> nn.Module:
+def smooth(model: nn.Module, calib: Calib, alpha: float) -> nn.Module:
     """A copy of the model that computes the same function with smoothed norm outputs (Eq. 3).
 
     Inputs of o and down follow no norm and keep their outliers. All maxima come from the model as it was.
     Raises: UnsupportedModelError where a norm's output is not used by linears alone.
     """
     require_pre_norm(model)
-    check_calib(calib)
+    check_calib(calib, several_lengths=True)
     model = copy_model(model)
     peaks = channel_peaks(model, calib)
     for parts in map(anatomy, visit_blocks(model)):
@@ -206,15 +206,17 @@ def activation_rounding(cfg: Config, scale: Tensor | None) -> Callable[[Tensor],
 
 
 @torch.no_grad()
-def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
+def quantize(model: nn.Module, calib: Calib | None, cfg: Config) -> nn.Module:
     """Smooth, then round weights once and activations on the fly.
 
-    calib is int64 [n_samples, seqlen]; it may be None only for dynamic activations without smoothing.
+    Args:
+        calib: int64 [n_samples, seqlen], or several such tensors of different lengths, as the paper's samples have;
+            None only for dynamic activations without smoothing.
     """
     model = copy_model(model) if cfg.alpha is None else smooth(model, calib, cfg.alpha)
     static: dict[nn.Linear, tuple[Tensor, Tensor]] = {}
     if cfg.a_granularity == "per_tensor_static":
-        check_calib(calib)
+        check_calib(calib, several_lengths=True)
         static = static_scales(model, calib, cfg)  # official code: of the smoothed, unquantized model
     for parts in map(anatomy, visit_blocks(model)):
         bmm_inputs = set(parts.qkv if cfg.quantize_bmm_input else ())

@@ -65,7 +65,23 @@ def test_short_texts_are_packed_and_long_ones_skipped() -> None:
     assert blocks.flatten().tolist() == flat[: blocks.numel()]
 
 
-@pytest.mark.parametrize("rule", ["crops-of-documents", "crops-of-joined", "packed-short", "truncated-long"])
+def test_truncated_texts_keep_their_lengths() -> None:
+    """As the official loop over shuffled documents: the first 20, 12 tokens of each at most; here by length."""
+    datasets = pytest.importorskip("datasets", reason="shuffles")
+    rows = datasets.Dataset.from_dict({"text": TEXTS}).shuffle(seed=3)
+    expected = [numbers(rows[i]["text"])["input_ids"][:12] for i in range(20)]
+    parts = draw(replace(small("truncated"), n_samples=20), numbers, TEXTS)
+    lengths = [part.shape[1] for part in parts]
+    assert len(set(lengths)) == len(lengths) > 2 and max(lengths) == 12
+    for part in parts:
+        assert part.tolist() == [ids for ids in expected if len(ids) == part.shape[1]]
+    with pytest.raises(CalibrationError, match="an empty one"):
+        draw(small("truncated"), numbers, [""] * 8)
+
+
+@pytest.mark.parametrize(
+    "rule", ["crops-of-documents", "crops-of-joined", "packed-short", "truncated", "truncated-long"]
+)
 def test_too_little_text_is_an_error(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "_ATTEMPTS", 100)
     with pytest.raises(CalibrationError):
@@ -87,7 +103,7 @@ def test_absent_data_is_said_not_fetched(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(DatasetUnavailable, match="c4"):
         calibration_tokens(VOCAB.calibrations["c4-128x2048/1"], VOCAB, numbers)
     with pytest.raises(DatasetUnavailable, match="no file"):
-        calibration_tokens(VOCAB.calibrations["pile-val-512x512/1"], VOCAB, numbers)
+        calibration_tokens(VOCAB.calibrations["redpajama-1024x4096/1"], VOCAB, numbers)
 
 
 def test_a_compressed_local_copy_gives_the_set(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from requant.catalog.context import load_impl
 from requant.catalog.entry import MeasuredClaim, Paper, Source, Tolerance
 from requant.catalog.loader import load_catalog
 from requant.catalog.reference.models import load_tokenizer
+from requant.reference_impls import smoothquant
+from requant.reference_impls._quant import QuantizationError
 from requant.reference_impls._walk import UnsupportedModelError
 
 CLAIM = MeasuredClaim(
@@ -78,6 +80,32 @@ def test_every_method_runs_on_a_family_or_says_why_not(name: str, family: str) -
     with torch.no_grad():
         logits = quantized(tokens(2)).logits
     assert logits.shape == (2, 32, VOCABULARY) and torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("name", IMPLS)
+def test_samples_of_several_lengths_are_taken_or_refused(name: str) -> None:
+    """SmoothQuant's samples have them. One method or the other can do with that; all others say so at once."""
+    model, module = made("llama"), load_impl(name)
+    if getattr(module, "DATA_FREE", False):
+        return
+    several = [tokens(), tokens(2, 20)]
+    try:
+        quantized = module.quantize(model, several, module.Config(**small(module)))
+    except QuantizationError as reason:
+        assert "samples of one length; these have 2 lengths" in str(reason)
+        assert name not in ("gptq", "smoothquant")
+        return
+    assert torch.isfinite(quantized(tokens(2)).logits).all()
+
+
+def test_smoothing_factors_come_from_samples_of_all_lengths() -> None:
+    """Channel maxima over parts of different lengths are those over one sample after the other."""
+    model, several = made("opt"), [tokens(), tokens(3, 20), tokens(1, 5)]
+    together = smoothquant.channel_peaks(model, several)
+    one_by_one = [smoothquant.channel_peaks(model, sample[None]) for part in several for sample in part]
+    for linear, peak in together.items():
+        expected = torch.stack([peaks[linear] for peaks in one_by_one]).amax(0)
+        assert torch.allclose(peak, expected, rtol=1e-5)
 
 
 def test_what_no_method_knows_is_named(papers: dict[str, Paper], tmp_path: Path) -> None:

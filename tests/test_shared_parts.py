@@ -27,7 +27,13 @@ from requant.reference_impls._activation import transform_attention
 from requant.reference_impls._anatomy import block_anatomies, fold_channel_scale, require_pre_norm
 from requant.reference_impls._hessian import damped, gram, inverse_cholesky
 from requant.reference_impls._quant import QuantizationError
-from requant.reference_impls._walk import UnsupportedModelError, check_calib, decoder_blocks, walk_blocks
+from requant.reference_impls._walk import (
+    UnsupportedModelError,
+    check_calib,
+    decoder_blocks,
+    named_linears,
+    walk_blocks,
+)
 
 SIZES = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
          "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": None}  # fmt: skip
@@ -66,6 +72,33 @@ def family(request: pytest.FixtureRequest) -> torch.nn.Module:
 
 
 TOKENS = torch.randint(0, 128, (3, 20), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def test_a_walk_with_samples_of_several_lengths(family: torch.nn.Module) -> None:
+    """Every block sees what it sees in the model, sample by sample, and second moments count every token once."""
+    parts = [TOKENS[:2], TOKENS[2:, :7], TOKENS[:1, :1]]
+    seen: dict[object, list[Tensor]] = {}
+
+    def keep(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        seen.setdefault(module, []).append(args[0] if args else kwargs["hidden_states"])
+
+    blocks = decoder_blocks(family)
+    name = next(iter(named_linears(blocks[1])))
+    watched = [*blocks, blocks[1].get_submodule(name)]
+    handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in watched]
+    for part in parts:
+        family(part, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    with pytest.raises(QuantizationError, match="one length"):
+        next(walk_blocks(family, parts))
+    for block in walk_blocks(family, parts, several_lengths=True):
+        for ours, theirs in zip(block.inputs, seen[block.module], strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-6)
+        H = block.hessians()[name]
+    X = torch.cat([x.flatten(0, -2) for x in seen[watched[-1]]])
+    assert torch.allclose(H, X.T @ X / len(X), atol=1e-5) and len(X) == 40 + 7 + 1
 
 
 @torch.no_grad()

@@ -5,8 +5,7 @@ memory    peak of loading a bfloat16 checkpoint whose float32 weights take N byt
           of 2,048 tokens: at most 1.3 N + 1 GB, with 32,000, 131,072 and 262,144 tokens in the vocabulary
 gptq      GPTQ of a model built like Gemma 3 270M on 32 x 512 tokens: at most 10 minutes and 6 GB
 
-Weights are drawn at random and tokens too: neither changes what this costs. Each figure comes from a process of its
-own.
+Weights and tokens are drawn at random: neither changes what this costs. Each figure comes from a process of its own.
 """
 
 from __future__ import annotations
