@@ -125,7 +125,7 @@ def static_scales(model: nn.Module, calib: Calib, cfg: Config) -> dict[nn.Linear
 
 
 def smoothing_factors(act_peak: Tensor, weights: Sequence[Tensor], alpha: float) -> Tensor:
-    """s_j = max|X_j|^alpha / max|W_j|^(1 - alpha), Eq. 4: float32 [d_in].
+    """s_j = max|X_j|^alpha / max|W_j|^(1 - alpha), Eq. 4, and 1 for a channel that is never active: float32 [d_in].
 
     Args:
         act_peak: [d_in] max |X_j| over calibration tokens.
@@ -133,7 +133,8 @@ def smoothing_factors(act_peak: Tensor, weights: Sequence[Tensor], alpha: float)
         alpha: migration strength, 0 (all on the activations) to 1 (all on the weights).
     """
     weight_peak = torch.stack([W.float().abs().amax(0) for W in weights]).amax(0).clamp(min=_FLOOR)
-    return (act_peak**alpha / weight_peak ** (1 - alpha)).clamp(min=_FLOOR)
+    s = (act_peak**alpha / weight_peak ** (1 - alpha)).clamp(min=_FLOOR)
+    return torch.where(act_peak > 0, s, 1.0)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import fields
 from types import ModuleType
 
@@ -54,11 +55,13 @@ UNLIKE = (
     "gpt_neox",
     "bloom",
 )  # the others are built like one of these
-IMPLS = sorted({paper.impl for paper in load_catalog().papers.values() if paper.impl})
+PAPERS = [paper for paper in load_catalog().papers.values() if paper.impl]
+IMPLS = sorted({paper.impl for paper in PAPERS})
+TRANSFORMING = {paper.impl for paper in PAPERS if {"rotation", "equivalent-transformation"} & set(paper.tags)}
 
 
 def made(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """An untrained model of a family, always the same; in eval mode and without gradients.
+    """A random model of a family, always the same; in eval mode and without gradients.
 
     Its weights can be held in bfloat16; rotary frequencies stay float32, as when transformers loads a model.
     """
@@ -66,6 +69,8 @@ def made(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     config = copy.deepcopy(FAMILIES[family])  # saving in bfloat16 leaves its mark on a config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
     for parameter in model.parameters():
+        if parameter.ndim == 1:  # gains and biases that differ from 1 and 0, as trained models have
+            parameter += 0.1 * torch.randn(parameter.shape)
         parameter.data = parameter.data.to(dtype)
     return model
 
@@ -73,6 +78,14 @@ def made(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 def tokens(n_samples: int = 8, seqlen: int = 32) -> torch.Tensor:
     """Random calibration tokens int64 [n_samples, seqlen], always the same."""
     return torch.randint(1, VOCABULARY, (n_samples, seqlen), generator=torch.Generator().manual_seed(0))
+
+
+def widest(module: ModuleType) -> dict[str, object]:
+    """`small`, with 16 bits for all that is rounded and nothing clipped, as far as the Config has fields for it."""
+    names = {field.name for field in fields(module.Config)}
+    bits = {name for name in names if re.fullmatch(r"(w|a|kv|qk|embedding)_bits", name)}
+    clips = {name for name in names if name.endswith("clip_ratio") and name != "static_clip_ratio"}
+    return small(module) | dict.fromkeys(bits, 16) | dict.fromkeys(clips, 1.0)
 
 
 def small(module: ModuleType) -> dict[str, object]:
