@@ -89,7 +89,7 @@ def _implementation(paper: Paper, content: Content) -> Iterator[str]:
         docstring=source.docstring,
         source=source.html,
         lines=source.lines,
-        evidence=module_source(content.impls / EVIDENCE / f"{paper.impl}.py"),
+        evidence=module_source(content.impls / EVIDENCE / f"{paper.impl}.py", colours=False),
     )
 
 
