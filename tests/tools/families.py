@@ -84,7 +84,10 @@ def widest(module: ModuleType) -> dict[str, object]:
     """`small`, with 16 bits for all that is rounded and nothing clipped, as far as the Config has fields for it."""
     names = {field.name for field in fields(module.Config)}
     bits = {name for name in names if re.fullmatch(r"(w|a|kv|qk|embedding)_bits", name)}
-    clips = {name for name in names if name.endswith("clip_ratio") and name != "static_clip_ratio"}
+    clips = {name for name in names if name.endswith("clip_ratio")}
+    clips = {
+        name for name in clips if getattr(module.Config(), name)
+    }  # at 0, one is a share that is left out
     return small(module) | dict.fromkeys(bits, 16) | dict.fromkeys(clips, 1.0)
 
 
