@@ -28,12 +28,16 @@ def ilog2(x: Tensor) -> Tensor:
 def shift(x: Tensor, n: Tensor) -> Tensor:
     """x / 2^n, rounded; a left shift where n is negative."""
     down = n.clamp(0, 62)
-    return (((x + ((1 << down) >> 1)) >> down) << (-n).clamp(min=0)).to(x.dtype)
+    y = x + ((1 << down) >> 1)
+    y >>= down
+    y <<= (-n).clamp(min=0)
+    return y.to(x.dtype)
 
 
 def divide(a: Tensor, b: Tensor | int) -> Tensor:
     """a / b for b > 0, rounded; 2 a + b must fit the type."""
-    return torch.div(2 * a + b, 2 * b, rounding_mode="floor")
+    doubled = torch.add(b, a, alpha=2) if isinstance(b, Tensor) else 2 * a + b
+    return doubled.div_(2 * b, rounding_mode="floor")
 
 
 def isqrt(x: Tensor) -> Tensor:
