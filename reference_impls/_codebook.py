@@ -69,9 +69,9 @@ def made_definite(H: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-def _nearest(x: Tensor, levels: Tensor) -> Tensor:
-    """Index of the nearest of the ascending levels [..., d_out, m] for each x [..., d_out, n]."""
-    return torch.searchsorted((levels[..., 1:] + levels[..., :-1]) / 2, x.contiguous())
+def _boundaries(levels: Tensor) -> Tensor:
+    """Half-way between ascending levels [..., m]: [..., m - 1]. As many as lie below x is the index of its level."""
+    return (levels[..., 1:] + levels[..., :-1]) / 2
 
 
 def kmeans(W: Tensor, weights: Tensor, bits: int, max_iterations: int, seed: int) -> Coded:
@@ -85,7 +85,7 @@ def kmeans(W: Tensor, weights: Tensor, bits: int, max_iterations: int, seed: int
     generator = torch.Generator().manual_seed(seed)
     centroids, _ = weighted_kmeans(W[:, None], weights, 2**bits, max_iterations, generator)
     levels = centroids[..., 0].sort(1).values
-    return Coded(_nearest(W, levels), levels)
+    return Coded(torch.searchsorted(_boundaries(levels), W.contiguous()), levels)
 
 
 def fit_codebook(W: Tensor, H: Tensor, coded: Coded, ridge: float) -> Coded:
@@ -105,10 +105,10 @@ def descend_codes(W: Tensor, H: Tensor, coded: Coded, cycles: int) -> Coded:
     by_group = (len(H), -1)
     levels = coded.codebook.sort(1).values.unflatten(0, by_group)  # [g, rows, m]
     codes = torch.empty_like(coded.codes).unflatten(0, by_group)  # all are set in the first cycle
-    Q = coded.weight.unflatten(0, by_group)
+    Q, boundaries = coded.weight.unflatten(0, by_group), _boundaries(levels)
 
     def nearest(j: int, best: Tensor) -> Tensor:
-        index = _nearest(best[..., None], levels)
+        index = torch.searchsorted(boundaries, best[..., None].contiguous())
         codes[..., j : j + 1] = index
         return levels.gather(-1, index)[..., 0]
 

@@ -90,17 +90,17 @@ def coordinate_sweep(
     """
     ratio = H / H.diagonal(dim1=-2, dim2=-1)[..., None]  # row j: H_jk / H_jj
     Q = Q.mT.contiguous()  # [..., d_in, d_out]: a column of the weight is a contiguous row here
-    E = Q - W.mT
+    E, columns = Q - W.mT, Q.unbind(-2)
     for begin in range(0, H.shape[-1], block_size):
         rows = slice(begin, min(begin + block_size, H.shape[-1]))
         slope = ratio[..., rows, :] @ E  # as of the start of the batch, [..., block, d_out]
         moved = torch.zeros_like(slope)
         inside = ratio[..., rows, rows]
-        for i in range(slope.shape[-2]):
-            j = begin + i
-            step = slope[..., i, :] + (inside[..., i : i + 1, :i] @ moved[..., :i, :])[..., 0, :]
-            new = nearest(j, Q[..., j, :] - step)
-            moved[..., i, :] = new - Q[..., j, :]
-            Q[..., j, :] = new
+        for i, (steps, moves) in enumerate(zip(slope.unbind(-2), moved.unbind(-2), strict=True)):
+            column = columns[begin + i]
+            best = column - steps - (inside[..., i : i + 1, :i] @ moved[..., :i, :]).squeeze(-2)
+            new = nearest(begin + i, best)
+            torch.sub(new, column, out=moves)
+            column.copy_(new)
         E[..., rows, :] += moved
     return Q.mT
