@@ -118,12 +118,14 @@ def transform_attention(
     attention: nn.Module,
     transform: Callable[[Tensor, Tensor, Tensor], tuple],
     weigh: Callable[[Tensor], Tensor] | None = None,
+    score: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     """Run transform(query, key, value) -> (query, key, value) inside one attention module, after rotary embedding.
 
     Shapes are [batch, heads, seqlen, head_dim] (kv heads for key and value). Goes through transformers' own
     attention interface, so it works for every family that has moved to it. With `weigh` the attention
-    probabilities [batch, heads, seqlen, seqlen] pass through it on their way to the values.
+    probabilities [batch, heads, seqlen, seqlen] pass through it on their way to the values, with `score` as well the
+    scaled products of queries and keys on their way to mask and softmax.
 
     Raises: UnsupportedModelError for a family whose attention does not use that interface.
     """
@@ -136,6 +138,7 @@ def transform_attention(
         _register(base)
         model.set_attn_implementation(_PREFIX + base)
     attention.requant_transform, attention.requant_weigh = transform, weigh
+    attention.requant_score = score
 
 
 def one_each(*ways: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, ...]]:
@@ -151,7 +154,8 @@ def _register(base: str) -> None:
             query, key, value = (x.to(dtype) for x in transform(query, key, value))
         weigh = getattr(module, "requant_weigh", None)
         if weigh is not None:
-            return _weighed_attention(query, key, value, *args, weigh=weigh, **kwargs)
+            score = getattr(module, "requant_score", None)
+            return _weighed_attention(query, key, value, *args, weigh=weigh, score=score, **kwargs)
         # eager attention is not in the registry: each model file defines its own (Gemma 2 adds a soft cap
         # in it)
         inner = (
@@ -167,13 +171,14 @@ def _register(base: str) -> None:
 
 def _weighed_attention(
     query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, weigh: Callable,
-    scaling: float | None = None, softcap: float | None = None, **_unused: object,
+    score: Callable | None, scaling: float | None = None, softcap: float | None = None, **_unused: object,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention written out, its probabilities changed by `weigh`; without a mask it is causal."""
+    """Attention written out, probabilities changed by `weigh`, scores by `score`; without a mask it is causal."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
+    scores = scores if score is None else score(scores)
     if attention_mask is None:
         attention_mask = torch.ones_like(scores[:1, :1], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
     if attention_mask.dtype == torch.bool:

@@ -1,7 +1,7 @@
 """Grids that clip on purpose, the range of each by trial.
 
 `search_grid` is the search of QuaRot (arXiv:2404.00456v2) and its followers, `search_grid_and_zero` that of OWQ
-(arXiv:2306.02272v4), which tries all zero points as well.
+(arXiv:2306.02272v4), which tries all zero points as well, `search_symmetric_grid` that of OWQ's symmetric grids.
 """
 
 from __future__ import annotations
@@ -95,3 +95,26 @@ def search_grid_and_zero(
         best_zero = torch.where(better, zero_point.float(), best_zero)
     shape = (*x.shape[:-1], 1)
     return best_scale.reshape(shape), best_zero.reshape(shape)
+
+
+def search_symmetric_grid(
+    x: Tensor, bits: int, _symmetric: bool, n_steps: int, norm: float
+) -> tuple[Tensor, Tensor]:
+    """The best grid among n_steps fractions of the full step size, max|x| / 2^(bits-1), with 0 in the middle (code).
+
+    The full grid reaches -max|x|, and one step less above; n_steps 1 leaves it alone.
+
+    Args:
+        x: [..., n]; the error is the sum of |x - q|^norm over the last dimension. With GPTQ's signature.
+    Returns: scale, zero_point [..., 1], the latter 2^(bits-1).
+    """
+    half, peak = 2 ** (bits - 1), x.abs().amax(-1, keepdim=True)
+    full = peak.masked_fill(peak == 0, 1.0) / half
+    best_scale, best, error = full, torch.full_like(full, torch.inf), torch.empty_like(x.contiguous())
+    for step in range(n_steps, 0, -1):
+        scale = _quant.stored_scale(full * (step / n_steps), bits)
+        torch.div(x, scale, out=error).round_().clamp_(-half, half - 1).mul_(scale).sub_(x)
+        total = _quant.power_(error.abs_(), norm).sum(-1, keepdim=True)
+        better = total <= best
+        best, best_scale = torch.where(better, total, best), torch.where(better, scale, best_scale)
+    return best_scale, torch.full_like(best_scale, float(half))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from requant.reference_impls._activation import QuantInput, transform_attention
+from requant.reference_impls._activation import QuantInput, one_each, transform_attention
 from requant.reference_impls._anatomy import block_anatomies
 from requant.reference_impls._learn import affine_ste
 from requant.reference_impls._walk import named_linears, replace_module
@@ -33,10 +33,11 @@ class StaticRange(nn.Module):
         self.observing = False
 
 
-def simulate(model: nn.Module, a_bits: int, wide_bits: int) -> list[StaticRange]:
+def simulate(model: nn.Module, a_bits: int, wide_bits: int, scores: bool = True) -> list[StaticRange]:
     """Put a StaticRange at every place of the blocks that an integer NPU rounds (Sec. 3.1), in place.
 
-    Inputs of norms, outputs of o and down, and probabilities have wide_bits, all others a_bits.
+    Inputs of norms, outputs of o and down, inputs (unless `scores` is off) and outputs of the softmax have wide_bits,
+    all others a_bits.
     """
     made: list[StaticRange] = []
 
@@ -48,10 +49,10 @@ def simulate(model: nn.Module, a_bits: int, wide_bits: int) -> list[StaticRange]
         names = {id(module): name for name, module in parts.block.named_modules()}
         for norm, _ in parts.norm_groups:
             replace_module(parts.block, names[id(norm)], nn.Sequential(new(wide_bits), norm, new()))
-        ranges = parts.attn.ranges = nn.ModuleList([new(), new(), new(wide_bits)])  # of q, k and softmax
-        transform_attention(
-            model, parts.attn, lambda q, k, v, r=ranges: (r[0](q), r[1](k), v), weigh=ranges[2]
-        )
+        widths = (a_bits, a_bits, wide_bits, *([wide_bits] if scores else []))
+        q, k, softmax, *score = parts.attn.ranges = nn.ModuleList(new(bits) for bits in widths)
+        ways = one_each(q, k, nn.Identity())
+        transform_attention(model, parts.attn, ways, weigh=softmax, score=score[0] if scores else None)
         for name in ("act_fn", "activation_fn"):
             if parts.gate is not None and isinstance(getattr(parts.mlp, name, None), nn.Module):
                 setattr(parts.mlp, name, nn.Sequential(getattr(parts.mlp, name), new()))

@@ -17,21 +17,11 @@ from torch import Tensor, nn
 
 from requant.reference_impls import _codebook, _quant, gptq, spinquant
 from requant.reference_impls._codebook import Coded, made_definite, objective
-from requant.reference_impls._gradients import output_gradients
-from requant.reference_impls._hessian import gram
+from requant.reference_impls._guidance import block_hessians, guides
 from requant.reference_impls._quant import QuantizationError, check_choices
-from requant.reference_impls._walk import (
-    Block,
-    check_calib,
-    copy_model,
-    decoder_blocks,
-    named_linears,
-    require_whole,
-    walk_blocks,
-)
+from requant.reference_impls._walk import check_calib, copy_model, named_linears, require_whole, walk_blocks
 
 _KMEANS_ROUNDS = 50  # code, flash1dkmeans call
-_BATCH_TOKENS = 2048  # of one backward pass
 
 
 @dataclass(frozen=True)
@@ -55,70 +45,6 @@ class Config:
 
     def __post_init__(self) -> None:
         check_choices(self, quantizer=("lnq", "kmeans", "gptq", "spinquant"))
-
-
-# --- guidance: what the loss says about outputs and weights -----------------------------------------------------------
-
-
-@dataclass
-class Guide:
-    """saliency [n_tokens, g]: mean over each group of channels of (dl/dz)^2; fisher [d_out, d_in]: (dl/dW)^2 summed
-    over sequences. l is the mean loss of one sequence, gradients are times grad_scale."""
-
-    saliency: Tensor
-    fisher: Tensor
-
-
-def grouped_saliency(G: Tensor, n_channel_groups: int) -> Tensor:
-    """Mean of G^2 over contiguous groups of output channels: [..., d_out] -> [..., g]."""
-    if G.shape[-1] % n_channel_groups:
-        raise QuantizationError(
-            f"n_channel_groups {n_channel_groups} does not divide the {G.shape[-1]} output channels of a layer"
-        )
-    return G.square().unflatten(-1, (n_channel_groups, -1)).mean(-1)
-
-
-@torch.no_grad()
-def guides(model: nn.Module, calib: Tensor, cfg: Config) -> list[dict[str, Guide]]:
-    """Saliency and Fisher diagonal of each linear, by block and name; one backward pass a batch."""
-    model = copy_model(model).float()
-    found: dict[nn.Linear, Guide] = {}
-    for batch in calib.to(model.device).split(max(1, _BATCH_TOKENS // calib.shape[1])):
-        for linear, (X, G) in output_gradients(model, batch).items():
-            G = G * cfg.grad_scale
-            saliency = grouped_saliency(G, cfg.n_channel_groups or 1).flatten(0, 1)
-            fisher = (G.mT @ X).square().sum(0)
-            if linear in found:
-                saliency = torch.cat([found[linear].saliency, saliency])
-                fisher += found[linear].fisher
-            found[linear] = Guide(saliency, fisher)
-    return [
-        {name: found[linear] for name, linear in named_linears(block).items()}
-        for block in decoder_blocks(model)
-    ]
-
-
-def guided_hessian(X: Tensor, saliency: Tensor) -> Tensor:
-    """H_k = X^T diag(s_k) X for each channel group k: X [n_tokens, d_in], saliency [n_tokens, g] -> [g, d_in, d_in]."""
-    return torch.stack([gram(X * s.sqrt()[:, None]) for s in saliency.unbind(1)])
-
-
-def _hessians(block: Block, guide: dict[str, Guide], cfg: Config) -> dict[str, Tensor]:
-    """H [g, d_in, d_in] of every linear of a block, summed over tokens; plain ones have g = 1."""
-    linears = named_linears(block.module)
-    if cfg.n_channel_groups is None:
-        n_tokens = sum(batch.shape[0] * batch.shape[1] for batch in block.inputs)
-        return {name: H[None] * n_tokens for name, H in block.hessians(linears).items()}
-    sums, done = {}, dict.fromkeys(linears, 0)
-
-    def see(name: str, X: Tensor) -> None:
-        s = guide[name].saliency[done[name] : done[name] + len(X)]
-        H = guided_hessian(X.float(), s)
-        sums[name] = sums[name] + H if name in sums else H
-        done[name] += len(X)
-
-    block.observe(linears, see)
-    return sums
 
 
 # --- LNQ: layer-wise non-uniform quantization -------------------------------------------------------------------------
@@ -212,7 +138,7 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
     found = guides(model, calib, cfg)
     model = copy_model(model)
     for block, guide in zip(walk_blocks(model, calib, propagate="original"), found, strict=True):
-        hessians = _hessians(block, guide, cfg) if cfg.quantizer != "kmeans" else {}
+        hessians = block_hessians(block, guide, cfg) if cfg.quantizer != "kmeans" else {}
         for name, linear in named_linears(block.module).items():
             W, H = linear.weight.float(), hessians.get(name, torch.empty(1, 0, 0))
             linear.weight.copy_(quantize_weight(W, H, cfg, guide[name].fisher))

@@ -2,12 +2,12 @@
 
 Paper     Zhang et al., NeurIPS 2024, arXiv:2406.00800v2 (numbers below refer to v2)   Entry  papers/magr.yaml
 Scope     weights of nn.Linear in decoder blocks; activations, embeddings and lm_head untouched
-Deviates  the prox finds its threshold by Newton's method instead of sorting (same point); MagR sees all calibration
-          tokens, as the paper says (the code: the last sequence); coordinate descent at 2 bits per channel only, as
-          the paper says (the code: at least one sweep everywhere); sweeps on groups keep GPTQ's grids (the code:
-          new ones from rounded weights at every sweep); beta holds for round-to-nearest too, which the texts seen
-          leave open; zero points stay within their b bits; before QuIP, whose settings in Table 9 were not seen, MagR
-          comes in the weights' own basis
+Deviates  the prox finds its threshold by Newton's method instead of sorting (same point); where the code differs from
+          the paper, that is the default and the code an option: MagR sees all calibration tokens (`last_sequence`),
+          coordinate descent comes at 2 bits per channel only (`sweeps_everywhere`), and its sweeps on groups keep
+          GPTQ's grids (`new_grids`), which the texts seen leave open, as whether beta holds for round-to-nearest too
+          (it does here); zero points stay within their b bits; before QuIP, whose settings in Table 9 were not seen,
+          MagR comes in the weights' own basis
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from requant.reference_impls import _quant, gptq, quip
 from requant.reference_impls._hessian import coordinate_sweep, damped
 from requant.reference_impls._quant import QuantizationError, check_choices
-from requant.reference_impls._walk import check_calib
+from requant.reference_impls._walk import check_calib, copy_model, named_linears, walk_blocks
 from requant.reference_impls._weights import quantize_blockwise
 
 ERROR_FLOOR = 0.05  # the preprocessed weight is what is rounded, at any width
@@ -38,15 +38,16 @@ class Config:
     w_bits: int = 2  # Table 3 (also 3 and 4)
     group_size: int | None = None  # inputs per scale; None = whole row; 128 in Table 3
     symmetric: bool = False  # code, --sym off
-    quantizer: str = (
-        "optq"  # Table 3: optq (GPTQ) or rtn; quip in Table 9; none = preprocessing alone, Table 1
-    )
+    quantizer: str = "optq"  # Table 3: optq (GPTQ) or rtn; quip in Table 9; none = MagR alone, Table 1
     alpha: float = 1e-3  # Table 7, per channel; goes with H divided by its largest eigenvalue
     alpha_grouped: float = 1e-4  # code, MagR.py: in groups
     n_iters: int = 150  # K, the same in all experiments (code: 200)
     beta: float | None = None  # share of the range; None = `kept_range` (Table 8; code, llama.py)
     cd_sweeps: int | None = None  # after OPTQ; None = 30 at 2 bits per channel (Table 3, dagger), else 0
+    sweeps_everywhere: bool = False  # code: where the paper has 0, 30 at 2 bits in groups and 1 elsewhere
+    new_grids: bool = False  # code: in groups each sweep takes new grids, from the rounded weights
     cd_damp_ratio: float = 0.75  # code, optq.py: fraction of mean(diag H)
+    last_sequence: bool = False  # code: MagR sees the last calibration sequence alone, OPTQ all
     damp_ratio: float = 0.01  # code, --percdamp
     block_size: int = 128  # code: columns per lazy batch of OPTQ
     seed: int = 0  # of QuIP's rotations
@@ -67,10 +68,12 @@ class Config:
 
     @property
     def sweeps(self) -> int:
-        """cd_sweeps, or the paper's choice for this width and group size."""
+        """cd_sweeps, or the paper's choice (the code's, if sweeps_everywhere) for this width and group size."""
         if self.cd_sweeps is not None:
             return self.cd_sweeps
-        return 30 if self.w_bits == 2 and self.group_size is None else 0
+        if self.w_bits == 2 and (self.group_size is None or self.sweeps_everywhere):
+            return 30
+        return int(self.sweeps_everywhere)
 
 
 # --- magnitude reduction ----------------------------------------------------------------------------------------------
@@ -145,12 +148,11 @@ def choose_qparams(x: Tensor, bits: int, symmetric: bool, beta: float) -> tuple[
     return scale, zero_point
 
 
-def _round(W: Tensor, H: Tensor, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes [d_out, n_groups, group], scale and zero point [d_out, n_groups, 1] of MagR and its host."""
+def _round(W: Tensor, reduced: Tensor, H: Tensor, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [d_out, n_groups, group], scale and zero point [d_out, n_groups, 1]; reduced: W after MagR."""
     if cfg.quantizer == "none":
         raise QuantizationError("with quantizer 'none' nothing is rounded; choose optq or rtn")
     groups = _quant.grouped(W, cfg.group_size)
-    reduced = reduce_magnitude(W, H, cfg)
     choose = partial(choose_qparams, beta=cfg.kept_range)
     if cfg.quantizer == "rtn":
         reduced = _quant.grouped(reduced, cfg.group_size)
@@ -160,54 +162,65 @@ def _round(W: Tensor, H: Tensor, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
         cfg.w_bits, cfg.group_size, cfg.symmetric, damp_ratio=cfg.damp_ratio, block_size=cfg.block_size
     )
     rounded = gptq.round_columns(reduced, H, host, choose)
-    scale, zero_point = rounded.scale.T[..., None], rounded.zero_point.T[..., None]  # [d_out, n_groups, 1]
-    codes, size = rounded.codes, groups.shape[-1]
+    codes, scale, zero_point, size = rounded.codes, rounded.scale, rounded.zero_point, groups.shape[-1]
 
     def nearest(j: int, best: Tensor) -> Tensor:
-        grid = rounded.scale[j // size], rounded.zero_point[j // size]
-        codes[j] = _quant.quantize(best, *grid, cfg.w_bits)
-        return _quant.dequantize(codes[j], *grid)
+        g = j // size
+        if cfg.new_grids and cfg.group_size is not None and j % size == 0:
+            now = _quant.dequantize(codes[j : j + size], scale[g], zero_point[g]).T
+            scale[g], zero_point[g] = (t.squeeze(-1) for t in choose(now, cfg.w_bits, cfg.symmetric))
+        codes[j] = _quant.quantize(best, scale[g], zero_point[g], cfg.w_bits)
+        return _quant.dequantize(codes[j], scale[g], zero_point[g])
 
     Q, H = rounded.dequantize(), damped(H, cfg.cd_damp_ratio)
     for _ in range(cfg.sweeps):  # towards the weights as they were before MagR (code, optq.py)
         Q = coordinate_sweep(Q, W, H, nearest)
-    return codes.T.reshape(groups.shape), scale, zero_point
+    return codes.T.reshape(groups.shape), scale.T[..., None], zero_point.T[..., None]
 
 
 def _quip(cfg: Config) -> quip.Config:
     return quip.Config(cfg.w_bits, damp_ratio=cfg.damp_ratio, seed=cfg.seed)
 
 
-def quantize_weight(W: Tensor, H: Tensor, cfg: Config) -> Tensor:
+def quantize_weight(W: Tensor, H: Tensor, cfg: Config, H_magr: Tensor | None = None) -> Tensor:
     """MagR, then the host quantizer, dequantized: float32 [d_out, d_in].
 
+    Args:
+        H_magr: [d_in, d_in], what MagR sees in the place of H (`last_sequence`).
     Raises: QuantizationError if group_size does not divide d_in, or H + damping is not positive definite.
     """
+    reduced = reduce_magnitude(W, H if H_magr is None else H_magr, cfg)
     if cfg.quantizer == "none":
-        return reduce_magnitude(W, H, cfg)
+        return reduced
     if cfg.quantizer == "quip":
-        return quip.quantize_weight(reduce_magnitude(W, H, cfg), H, _quip(cfg))
-    return _quant.dequantize(*_round(W, H, cfg)).flatten(1)
+        return quip.quantize_weight(reduced, H, _quip(cfg))
+    return _quant.dequantize(*_round(W, reduced, H, cfg)).flatten(1)
 
 
+@torch.no_grad()
 def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
     """Block by block, each on the outputs of the quantized blocks before it."""
     check_calib(calib)
-    if cfg.quantizer != "quip":
+    if cfg.quantizer != "quip" and not cfg.last_sequence:
         return quantize_blockwise(model, calib, lambda W, H: quantize_weight(W, H, cfg))
     seeds = count(cfg.seed * 2**16)  # as QuIP: every matrix has rotations of its own
-
-    def rounding(W: Tensor, H: Tensor, _name: str) -> Tensor:
-        return quantize_weight(W, H, replace(cfg, seed=next(seeds)))
-
-    return quantize_blockwise(model, calib, rounding, stacked=False)
+    model = copy_model(model)
+    for block in walk_blocks(model, calib):
+        hessians = seen = block.hessians()
+        if cfg.last_sequence:
+            seen = replace(block, inputs=[block.inputs[-1][-1:]]).hessians()
+        for name, linear in named_linears(block.module).items():
+            own = replace(cfg, seed=next(seeds))
+            linear.weight.copy_(quantize_weight(linear.weight.float(), hessians[name], own, seen[name]))
+    return model
 
 
 def pack_weight(W: Tensor, H: Tensor, cfg: Config) -> dict[str, Tensor]:
     """The tensors stored for one layer: packed codes, float16 scales, packed zero points; or what QuIP stores."""
+    reduced = reduce_magnitude(W, H, cfg)
     if cfg.quantizer == "quip":
-        return quip.pack_weight(reduce_magnitude(W, H, cfg), H, _quip(cfg))
-    return _quant.pack_affine(*_round(W, H, cfg), cfg.w_bits, cfg.symmetric)
+        return quip.pack_weight(reduced, H, _quip(cfg))
+    return _quant.pack_affine(*_round(W, reduced, H, cfg), cfg.w_bits, cfg.symmetric)
 
 
 def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:

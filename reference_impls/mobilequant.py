@@ -1,12 +1,12 @@
 """MobileQuant: static integer ranges for every activation; scales, clipping and ranges are learned end to end.
 
 Paper     Tan et al., Findings of EMNLP 2024, arXiv:2408.13933v1 (numbers refer to v1)   Entry  papers/mobilequant.yaml
-Scope     weights of nn.Linear in decoder blocks, inputs and outputs of linears and norms, outputs of activation
-          functions and softmax, q and k after rotary embedding; embeddings, the final norm and lm_head untouched
-Deviates  input of the softmax and weights of norms, 16-bit integers in the paper, stay in floating point; ranges are
-          observed on all calibration samples (the code: on 512 others); training starts from this project's SmoothQuant
-          factors at norms and, for scale_up, before down; under rotary embedding query-key scales of a pair are tied
-          unless tie_rotary is off; finished weight scales are rounded to float16, offsets to integers
+Scope     weights of nn.Linear and norms in decoder blocks, inputs and outputs of linears, norms and softmax, outputs of
+          activation functions, q and k after rotary embedding; embeddings, the final norm and lm_head untouched
+Deviates  ranges are observed on all calibration samples (the code: on 512 others); training starts from this project's
+          SmoothQuant factors at norms and, for scale_up, before down; under rotary embedding query-key scales of a pair
+          are tied unless tie_rotary is off; finished weight scales are rounded to float16 (at 16 bits to float32),
+          offsets to integers; biases of norms stay in floating point, as in the code
 """
 
 from __future__ import annotations
@@ -18,17 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import _quant
-from requant.reference_impls._anatomy import anatomy
-from requant.reference_impls._equivalence import Folded, query_key, sites
-from requant.reference_impls._learn import ClippingStrengths, cosine_decay, descend, floored, in_order
+from requant.reference_impls._learn import ClippingStrengths, cosine_decay, descend, in_order
+from requant.reference_impls._mobile_block import MobileBlock, whole_or_rows
 from requant.reference_impls._quant import check_choices
-from requant.reference_impls._static_ranges import StaticRange, simulate
+from requant.reference_impls._static_ranges import simulate
 from requant.reference_impls._walk import (
     Block,
     check_calib,
     copy_model,
     decoder_blocks,
-    named_linears,
     require_whole,
     walk_blocks,
 )
@@ -44,7 +42,9 @@ class Config:
 
     w_bits: int = 8  # Table 1; 4 with per_channel, W4A8
     a_bits: int = 8  # Table 1
-    wide_bits: int = 16  # Sec. 3.1: inputs of norms, outputs of o and down; 8 is "full W8A8", Table 5
+    wide_bits: int = 16  # Sec. 3.1: norms, outputs of o and down, softmax; 8 is "full W8A8", Table 5
+    norm_weights: bool = True  # Sec. 3.1: wide_bits, one scale a norm; off: floating point
+    softmax_inputs: bool = True  # Sec. 3.1: wide_bits; off: floating point
     w_granularity: str = "per_tensor"  # Sec. 4.1, W8; per_channel for W4; down is always per_channel
     symmetric: bool = False  # of weights; True in Table 7
     scale_up: bool = True  # Sec. 3.2: scales between up and down; False: OmniQuant's places ("static")
@@ -66,7 +66,7 @@ class Config:
         check_choices(self, w_granularity=("per_tensor", "per_channel"))
 
 
-# --- transforms and clipping ----------------------------------------------------------------------------------------
+# --- learning (Sec. 3.4) ----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -77,61 +77,6 @@ def smoothed(model: nn.Module, calib: Tensor, cfg: Config) -> nn.Module:
     return model
 
 
-class MobileBlock(nn.Module):
-    """Scales and clipping learned for one block, all scales 1 at the start, and the block's tensors under them."""
-
-    def __init__(self, block: Block, config, cfg: Config):
-        super().__init__()
-        self.cfg, self.block = cfg, block
-        parts = anatomy(block.module)
-        pair, places = query_key(parts, config, block.kwargs), sites(parts, config)
-        self.pair = pair if pair is not None and pair.repeat == 1 else None
-        places = [site for site in places if site.writer is not None and site.repeat == 1]
-        self.sites = [site for site in places if cfg.scale_up or site.name != "up"]
-        sizes = {site.name: site.linears[0].in_features for site in self.sites}
-        sizes |= {} if self.pair is None else {"query_key": self.pair.k.out_features}
-        self.scales = nn.ParameterDict({name: nn.Parameter(torch.ones(size)) for name, size in sizes.items()})
-        per_tensor, linears = cfg.w_granularity == "per_tensor", named_linears(block.module).values()
-        self.linears = [(linear, per_tensor and linear is not parts.down) for linear in linears]
-        groups = [_groups(linear.weight, whole) for linear, whole in self.linears]
-        self.clips = nn.ModuleList(ClippingStrengths(each, cfg.clip_init) for each in groups)
-
-    def transformed(self) -> Folded:
-        """The block with its scales folded in (Sec. 3.2), unrounded."""
-        now = Folded(self.block.module)
-        for site in self.sites:
-            site.fold_into(now, floored(self.scales[site.name], self.cfg.min_scale))
-        if self.pair is not None:
-            s = floored(self.scales["query_key"], self.cfg.min_scale)
-            self.pair.fold_into(now, self.pair.tie(s) if self.cfg.tie_rotary else s)
-        return now
-
-    def rounded(self) -> Folded:
-        """`transformed` with rounded weights."""
-        now = self.transformed()
-        for (linear, per_tensor), clip in zip(self.linears, self.clips, strict=True):
-            W = now[linear.weight]
-            groups = clip.fake_quantize(_groups(W, per_tensor), self.cfg.w_bits, self.cfg.symmetric)
-            now[linear.weight] = groups.reshape(W.shape)
-        return now
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block.forward(x, self.rounded().tensors)
-
-    def ranges(self) -> list[Tensor]:
-        """Scales and offsets of the block's activations."""
-        found = [module for module in self.block.module.modules() if isinstance(module, StaticRange)]
-        return [p for module in found for p in (module.scale, module.offset)]
-
-
-def _groups(W: Tensor, per_tensor: bool) -> Tensor:
-    """[d_out, 1, d_in], one grid a row, or [1, 1, d_out * d_in]."""
-    return W.reshape(1, 1, -1) if per_tensor else W[:, None]
-
-
-# --- learning (Sec. 3.4) --------------------------------------------------------------------------------------------
-
-
 def learn(stack: Sequence[MobileBlock], inputs: Tensor, targets: Tensor, cfg: Config) -> list[float]:
     """Minimise the squared error of what a stack of blocks makes of inputs [n_samples, seqlen, hidden], jointly.
 
@@ -139,7 +84,7 @@ def learn(stack: Sequence[MobileBlock], inputs: Tensor, targets: Tensor, cfg: Co
     """
     learned = (
         (cfg.let_lr, [p for learner in stack for p in learner.scales.values()]),
-        (cfg.lwc_lr, [p for learner in stack for p in learner.clips.parameters()]),
+        (cfg.lwc_lr, [p for learner in stack for p in learner.strengths()]),
         (cfg.lrl_lr, [p for learner in stack for p in learner.ranges() if cfg.learn_ranges]),
     )
     groups = [{"params": params, "lr": lr} for lr, params in learned if params]
@@ -178,7 +123,7 @@ def prepare(
     model = copy_model(original)
     twins = [replace(b, module=module) for b, module in zip(blocks, decoder_blocks(model), strict=True)]
     learners = [MobileBlock(block, model.config, cfg) for block in twins]
-    ranges = simulate(model, cfg.a_bits, cfg.wide_bits)
+    ranges = simulate(model, cfg.a_bits, cfg.wide_bits, cfg.softmax_inputs)
     outputs_of(twins, inputs)
     for each in ranges:
         each.settle()
@@ -216,8 +161,11 @@ def fit(learners: list[MobileBlock], blocks: list[Block], inputs: Tensor, cfg: C
 
 
 def pack_weight(W: Tensor, H: Tensor | None, cfg: Config) -> dict[str, Tensor]:
-    """The tensors stored for one layer other than down, its range clipped as at the start of training; H is ignored."""
-    groups = _groups(W, cfg.w_granularity == "per_tensor")
+    """The tensors stored for one layer other than down, its range clipped as at the start of training; H is ignored.
+
+    The gains of a norm are a layer of one row, with w_bits at wide_bits and per_tensor.
+    """
+    groups = whole_or_rows(W, cfg.w_granularity == "per_tensor")
     clip = ClippingStrengths(groups, cfg.clip_init)
     scale, zero_point = clip.stored_grid(groups, cfg.w_bits, cfg.symmetric)
     codes = _quant.quantize(groups, scale, zero_point, cfg.w_bits).reshape(len(W), 1, -1)

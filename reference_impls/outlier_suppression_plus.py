@@ -4,12 +4,13 @@ Paper     Wei et al., EMNLP 2023, arXiv:2304.09145v3 (tables as public transcrip
 Entry     papers/outlier_suppression_plus.yaml
 Scope     weights and inputs of nn.Linear in decoder blocks, with static activations the four inputs of the attention
           products too; embeddings and lm_head untouched
-Deviates  what the text leaves open (the negative side of Eq. 8, the steps of the grid, whose error) is as in the
-          official code; thresholds come from `search_samples` sequences, the code's first batch having no stated
-          size; ranges are averaged over sequences, not batches; attention products are not rounded while
-          thresholds are searched; weight scales are rounded to float16. The ratio of token-wise clipping (BLOOM) is
-          given, not searched, and holds for each sequence; OPT-350M's post-norm blocks are not offered. A norm that
-          feeds both sublayers (Phi) adds their errors
+Deviates  both sides of a channel count and thresholds end at a bound, as in the official code (text: one side, Eq. 8,
+          `both_sides`, and k/K of the largest value, `lower_bound` None); what the text leaves open (whose error) is as
+          in the code; thresholds come from `search_samples` sequences, the code's first batch having no stated size;
+          ranges are averaged over sequences, not batches; attention products are not rounded while thresholds are
+          searched; weight scales are rounded to float16. The ratio of token-wise clipping (BLOOM) is given, not
+          searched, and holds for each sequence; OPT-350M's post-norm blocks are not offered. A norm that feeds both
+          sublayers (Phi) adds their errors
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from requant.reference_impls._equivalence import Site, sites
 from requant.reference_impls._probes import Probe, outputs_behind, replace_linears
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._ranges import RangeRounding, round_between
+from requant.reference_impls._thresholds import scale_of, shift_of, thresholds
 from requant.reference_impls._walk import (
     UnsupportedModelError,
     check_calib,
@@ -52,7 +54,8 @@ class Config:
     attention_in_loss: bool = True  # Table 5; False: error of the linears alone
     n_grid: int = 100  # code: least number of thresholds
     max_step: float | None = 0.5  # code: more of them where max X exceeds n_grid / 2; None: never more
-    lower_bound: float = 1.0  # code: last threshold; 0.1 for LLaMA
+    lower_bound: float | None = 1.0  # code: last threshold; 0.1 for LLaMA; None: the text, 1/K of the first
+    both_sides: bool = True  # code; False: Eq. 8, where a channel's negative values do not count
     search_samples: int = 1  # calibration sequences that decide; the first batch in the code
     scale_down: bool = False  # Table 10: up_proj takes a scale of down_proj's input
     quantize_down: bool = True  # False in Table 3, LLaMA (code, *_disable.yaml: nor its weight)
@@ -120,25 +123,6 @@ def _rounding(cfg: Config, static: bool = False, token_clip_ratio: float = 0.0) 
 # --- the search -------------------------------------------------------------------------------------------------------
 
 
-def shift_of(X: Tensor) -> Tensor:
-    """z_j = (max X_j + min X_j) / 2 over all tokens (code): [d_in]."""
-    low, high = torch.aminmax(X.flatten(0, -2), dim=0)
-    return (high + low) / 2
-
-
-def scale_of(X: Tensor, threshold: float) -> Tensor:
-    """s_j = max(1, max X_j / t, min X_j / -t), Eq. 8 for both signs as in the official code: [d_in]."""
-    low, high = torch.aminmax(X.flatten(0, -2), dim=0)
-    return (torch.maximum(high, -low) / threshold).clamp(min=1.0)
-
-
-def thresholds(X: Tensor, cfg: Config) -> list[float]:
-    """Equal steps from max|X|, where every s_j is 1, down to lower_bound (official code)."""
-    top = float(X.abs().max())
-    n = cfg.n_grid if cfg.max_step is None else max(cfg.n_grid, int(float(X.max()) / cfg.max_step))
-    return [top - (top - cfg.lower_bound) * i / n for i in range(n + 1)] if top > cfg.lower_bound else [top]
-
-
 @torch.no_grad()
 def search_scale(
     X: Tensor,
@@ -156,7 +140,7 @@ def search_scale(
     target = behind([product(X, W, b) for W, b in readers])
     best, least = None, float("inf")
     for t in thresholds(X, cfg):
-        s = scale_of(X, t)
+        s = scale_of(X, t, cfg.both_sides)
         if cfg.a_granularity == "per_tensor_static":  # code: the range is the threshold, not that of the data
             rounded = round_between(X / s, X.new_tensor(-t), X.new_tensor(t), cfg.a_bits, cfg.symmetric)
         else:

@@ -7,7 +7,7 @@ Deviates  every linear of a block gets the same share of the extra bits, compute
           projection do not. Scales are rounded to float16, the precision they are stored in, before they are
           compared, and so are weak columns once compensated; H is divided by the number of tokens (its scale
           cancels). The text of weak column tuning could not be read, and its code is not public: its optimizer (AdamW),
-          rate and batches are ours. Symmetric grids are left out
+          rate and batches are ours
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import _quant, gptq
-from requant.reference_impls._clip_search import search_grid_and_zero
+from requant.reference_impls._clip_search import search_grid_and_zero, search_symmetric_grid
 from requant.reference_impls._learn import descend, in_order, next_token_loss
 from requant.reference_impls._outliers import (
     TunableColumns,
@@ -43,12 +43,11 @@ class Config:
 
     w_bits: int = 3  # abstract; also 4
     extra_bits: float = 0.01  # code, --target_bit less --wbits; also 0.1
-    n_columns: int | None = (
-        None  # code, --target_rank: weak columns of every linear, whatever extra_bits says
-    )
+    n_columns: int | None = None  # code, --target_rank: weak columns of every linear, not by extra_bits
     group_size: int | None = None  # code, --groupsize; 128 in the authors' results with groups
     damp_ratio: float = 0.01  # code, --percdamp
     block_size: int = 128  # code
+    symmetric: bool = False  # code, --sym: 0 in the middle of the codes, no zero point stored
     hessian_only: bool = False  # code, --no_frob_norm: score columns by H_jj alone
     clip_search: bool = True  # code, --tuning mse; off: min-max grids
     n_grid: int = 100  # code: step sizes tried for the grid of a row
@@ -62,6 +61,8 @@ class Config:
 
 
 def _chooser(cfg: Config, n_steps: int):
+    if cfg.symmetric:
+        return partial(search_symmetric_grid, n_steps=n_steps if cfg.clip_search else 1, norm=cfg.clip_norm)
     if not cfg.clip_search:
         return _quant.choose_qparams
     return partial(search_grid_and_zero, n_steps=n_steps, norm=cfg.clip_norm)
@@ -71,7 +72,7 @@ def column_scores(W: Tensor, H: Tensor, cfg: Config) -> Tensor:
     """H_jj times the squared error of column j in a trial rounding of all rows: [d_in]."""
     if cfg.hessian_only:
         return H.diagonal().clone()
-    scale, zero_point = _chooser(cfg, cfg.coarse_grid)(W, cfg.w_bits, False)
+    scale, zero_point = _chooser(cfg, cfg.coarse_grid)(W, cfg.w_bits, cfg.symmetric)
     Q = _quant.dequantize(_quant.quantize(W, scale, zero_point, cfg.w_bits), scale, zero_point)
     return H.diagonal() * (Q - W).square().sum(0)
 
@@ -117,7 +118,9 @@ def _round(W: Tensor, H: Tensor, cfg: Config, columns: Tensor) -> tuple[Tensor, 
     order = torch.cat([rest[turn], columns])
     kept = torch.zeros(W.shape, dtype=torch.bool)
     kept[:, len(rest) :] = True
-    how = gptq.Config(cfg.w_bits, cfg.group_size, damp_ratio=cfg.damp_ratio, block_size=cfg.block_size)
+    how = gptq.Config(
+        cfg.w_bits, cfg.group_size, cfg.symmetric, damp_ratio=cfg.damp_ratio, block_size=cfg.block_size
+    )
     choose = _chooser(cfg, cfg.n_grid if cfg.group_size is None else cfg.coarse_grid)
     rounded = gptq.round_columns(W[:, order], H[order][:, order], how, choose, kept=kept)
     n_groups = -(-len(rest) // (cfg.group_size or W.shape[1]))
@@ -144,8 +147,9 @@ def pack_weight(W: Tensor, H: Tensor, cfg: Config, columns: Tensor | None = None
         "shape": torch.tensor(codes.shape, dtype=torch.int32),
         "codes": _quant.pack_bits(codes, cfg.w_bits),
         "scale": scale.half() if cfg.w_bits <= 8 else scale,
-        "zero_point": _quant.pack_bits(zero_point, cfg.w_bits),
     }
+    if not cfg.symmetric:
+        packed["zero_point"] = _quant.pack_bits(zero_point, cfg.w_bits)
     return (
         packed | pack_columns(weak, torch.arange(len(columns))) | {"outlier_columns": columns.to(torch.int32)}
     )
@@ -155,7 +159,9 @@ def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
     """Inverse of `pack_weight`: float32 [d_out, d_in]."""
     shape, scale = tuple(packed["shape"].tolist()), packed["scale"].float()
     codes = _quant.unpack_bits(packed["codes"], cfg.w_bits, shape).float()
-    zero_point = _quant.unpack_bits(packed["zero_point"], cfg.w_bits, tuple(scale.shape)).float()
+    zero_point = torch.full_like(scale, 2.0 ** (cfg.w_bits - 1))
+    if not cfg.symmetric:
+        zero_point = _quant.unpack_bits(packed["zero_point"], cfg.w_bits, tuple(scale.shape)).float()
     group = torch.arange(shape[1]) // (cfg.group_size or shape[1])
     return join_columns(_quant.dequantize(codes, scale[:, group], zero_point[:, group]), packed)
 
@@ -220,7 +226,10 @@ def tune_columns(
 
 
 def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
-    """w_bits for d_in - n columns, 16 for n, scale and zero point of each row and group, an int32 a weak column."""
+    """w_bits for d_in - n columns, 16 for n, scale and zero point of each row and group, an int32 a weak column.
+
+    Symmetric grids have no zero point.
+    """
     n = n_weak(d_in, cfg)
-    n_groups = -(-(d_in - n) // (cfg.group_size or d_in))
-    return (cfg.w_bits * (d_in - n) + n_groups * (16 + cfg.w_bits)) / d_in + column_bits(n, d_out, d_in)
+    n_groups, zero_bits = -(-(d_in - n) // (cfg.group_size or d_in)), 0 if cfg.symmetric else cfg.w_bits
+    return (cfg.w_bits * (d_in - n) + n_groups * (16 + zero_bits)) / d_in + column_bits(n, d_out, d_in)

@@ -2,31 +2,33 @@
 
 Paper     Huang et al., ICML 2025, arXiv:2405.14917v2 (numbers below refer to v2)   Entry  papers/slim_llm.yaml
 Scope     weights of nn.Linear in decoder blocks; activations, embeddings, norms and lm_head untouched
-Deviates  the layer's bias takes part in the search (the released code leaves it out of one side); both ends of the
-          search are tried, uniform widths and half the groups raised (the code tries neither, `both_ends`); the grid
-          search sums the errors of all weights, because the code weighs its salient and its other part alike; the
-          absolute 0.01 that the code adds to H is left out; scales, and the means of 1-bit groups, are rounded to
-          float16, the precision they are stored in; where only H is known and no inputs (`pack_weight` alone), the rows
-          of a factor of H stand in for them. SliM-LLM+ (`plus`) searches widths on what its own blocks give, in
-          float32; a layer on its own has the ranges that learning starts from
+Deviates  the layer's bias takes part in the search on both sides (code: on one, `same_bias`); both ends of the search
+          are tried, uniform widths and half the groups raised (code: neither, `both_ends`); nothing absolute is added
+          to H (code: 0.01, `absolute_damp`); errors go on from column to column, as in the code (text: from group to
+          group, `compensation`); the grid search sums the errors of all weights, because the code weighs its salient
+          and its other part alike; scales, and the means of 1-bit groups, are rounded to float16, the precision they
+          are stored in; where only H is known and no inputs (`pack_weight` alone), the rows of a factor of H stand in
+          for them. SliM-LLM+ (`plus`) searches widths on what its own blocks give, in float32; a layer on its own has
+          the ranges that learning starts from
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from requant.reference_impls import _mixed, _quant, gptq
+from requant.reference_impls import _group_grid, _mixed, _quant, gptq
 from requant.reference_impls._clipping import MixedClippedWeight, learn_ranges
 from requant.reference_impls._hessian import damped, inverse_cholesky
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._walk import Block, check_calib, copy_model, named_linears, walk_blocks
+from requant.reference_impls._width_search import OBJECTIVES, WidthSearch, group_salience
 
 TINY = {"w_bits": 3, "group_size": 16, "n_grid": 10}
-OBJECTIVES = ("kl", "kl_original", "mse")
+COMPENSATIONS = ("column", "group")
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,17 @@ class Config:
     w_bits: int = 2  # mean width N, Tables 1 and 8; also 3
     group_size: int = 128  # Table 1; 64 and 32 in Table 7
     damp_ratio: float = 0.01  # code, --percdamp
+    absolute_damp: float = (
+        0.0  # added to H, the mean of x x^T; code: 0.01 in units of 2 seqlen, so 0.01 / (2 seqlen)
+    )
+    compensation: str = (
+        "column"  # code: errors go on from column to column; "group": the text, group to group
+    )
     block_size: int = 128  # code: columns per lazy batch
     allocation: bool = True  # salience-determined bit allocation; off: N bits everywhere
     objective: str = "kl"  # code: KL(quantized || original); "kl_original": the text's order; "mse": Table 6
     both_ends: bool = True  # the text; code: off
+    same_bias: bool = True  # in the search; code: off, original outputs have the layer's bias, others do not
     calibration: bool = True  # salience-weighted quantizer calibration; off: min-max grids
     tau_range: float = 0.1  # code: factors of a group's range in [1 - tau_range, 1 + tau_range]
     n_grid: int = 100  # code: factors tried besides 1, half of them above and half below
@@ -53,118 +62,40 @@ class Config:
 
 
 def _check(cfg: Config) -> None:
-    check_choices(cfg, objective=OBJECTIVES)
+    check_choices(cfg, objective=OBJECTIVES, compensation=COMPENSATIONS)
     if cfg.w_bits < 2:
         raise QuantizationError(f"w_bits {cfg.w_bits} leaves nothing to lend; choose 2 or more")
+    if cfg.absolute_damp < 0:
+        raise QuantizationError(f"absolute_damp is {cfg.absolute_damp}; choose 0 or more")
 
 
-# --- grids
-
-
-def choose_qparams(x: Tensor, bits: int, cfg: Config, *, calibrate: bool) -> tuple[Tensor, Tensor]:
-    """The grid of each last-dimension slice of x [..., n]: scale and zero point, [..., 1] each.
-
-    One bit stands for mean + or - mean |x| (code), which makes the zero point a fraction. Wider codes have a min-max
-    grid; calibrate: its range times the factor near 1 that rounds x best.
-    """
-    if bits == 1:
-        scale = _quant.stored_scale(2 * x.abs().mean(-1, keepdim=True), bits)
-        return scale, (0.5 - x.mean(-1, keepdim=True) / scale).half().float()
-    top = 2**bits - 1
-    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-    step = torch.where(high == low, 2.0, high - low) / top
-    zero = (-low / step).round()
-    best_scale = _quant.stored_scale(step, 8)
-    if not calibrate:
-        return best_scale, zero
-    best, q, x = torch.full_like(step, torch.inf), torch.empty_like(x), x.contiguous()
-    factors = 1 + torch.linspace(-cfg.tau_range, cfg.tau_range, cfg.n_grid // 2 * 2 + 1)
-    for factor in sorted(factors.tolist(), key=lambda f: abs(f - 1)):  # ties go to the factor next to 1
-        scale = _quant.stored_scale(factor * step, 8)
-        torch.div(x, scale, out=q).add_(zero).round_().clamp_(0, top).sub_(zero).mul_(scale).sub_(x)
-        error = _quant.power_(q.abs_(), cfg.clip_norm).sum(-1, keepdim=True)
-        better = error < best
-        best, best_scale = torch.where(better, error, best), torch.where(better, scale, best_scale)
-    return best_scale, zero
-
-
-def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    return (x / scale + zero_point).round().clamp(0, 2**bits - 1)
-
-
-def _fake_quant(W: Tensor, bits: int, cfg: Config) -> Tensor:
-    x = _quant.grouped(W, cfg.group_size)
-    scale, zero = choose_qparams(x, bits, cfg, calibrate=False)
-    return _quant.dequantize(_quantize(x, scale, zero, bits), scale, zero).flatten(1)
+def factors(cfg: Config) -> tuple[float, ...]:
+    """The multiples of a group's range that are tried."""
+    if not cfg.calibration or cfg.n_grid < 2:
+        return (1.0,)
+    return tuple((1 + torch.linspace(-cfg.tau_range, cfg.tau_range, cfg.n_grid // 2 * 2 + 1)).tolist())
 
 
 # --- widths
 
 
-def group_salience(W: Tensor, H: Tensor, cfg: Config) -> Tensor:
-    """Sum of w_ij^2 / U_jj^2 over each group of inputs and all rows, U the Cholesky factor of H^-1: [n_groups]."""
-    U = inverse_cholesky(damped(H, cfg.damp_ratio))
-    return _quant.grouped((W / U.diagonal()).square(), cfg.group_size).sum((0, 2))
+def with_damp(H: Tensor, cfg: Config) -> Tensor:
+    """H with `absolute_damp` on its diagonal, dead inputs set to one first (code); without `absolute_damp` H itself."""
+    if not cfg.absolute_damp:
+        return H
+    H = damped(H, 0.0)
+    H.diagonal().add_(cfg.absolute_damp)
+    return H
 
 
-def divergence_from(target: Tensor, objective: str) -> Callable[[Tensor], float]:
-    """Sum over tokens of the divergence from target [n_tokens, d_out]; probabilities are at least 1e-6 (code)."""
-    if objective == "mse":
-        return lambda output: float((output - target).square().sum())
-    original = target.softmax(-1).clamp_(min=1e-6)
-    log_original = original.log()
-
-    def divergence(output: Tensor) -> float:
-        p = output.softmax(-1).clamp_(min=1e-6)
-        if objective == "kl":
-            return float(p.log().sub_(log_original).mul_(p).sum())
-        return float((log_original - p.log_()).mul_(original).sum())
-
-    return divergence
-
-
-class Search:
-    """How many groups to lower and raise in one linear, judged by its outputs (salience-determined bit allocation).
-
-    Attributes:
-        order: groups by salience, least first, [n_groups].
-        counts: the numbers of groups lowered, and raised, that are tried.
-        total: [n_counts] divergence from the original outputs, summed over the tokens seen.
-    """
-
-    def __init__(self, W: Tensor, salience: Tensor, cfg: Config, bias: Tensor | None = None):
-        half = len(salience) // 2
-        self.cfg, self.W, self.bias = cfg, W, bias
-        self.order = salience.argsort(stable=True)
-        self.counts = list(range(half + 1) if cfg.both_ends or half < 2 else range(1, half))
-        self.total = torch.zeros(len(self.counts), dtype=torch.float64)
-        if len(self.counts) > 1:
-            N = cfg.w_bits
-            self.mid, low, high = (_fake_quant(W, bits, cfg) for bits in (N, N - 1, N + 1))
-            self.lowered, self.raised = low - self.mid, high - self.mid
-
-    def see(self, X: Tensor) -> None:
-        """Add the divergences on inputs X [n_tokens, d_in]; each count changes two groups of the one before it."""
-        if len(self.counts) == 1:
-            return
-        size, G = self.cfg.group_size, len(self.order)
-        target = torch.nn.functional.linear(X, self.W, self.bias)
-        output = torch.nn.functional.linear(X, self.mid, self.bias)
-        divergence = divergence_from(target, self.cfg.objective)
-        for count in range(self.counts[-1] + 1):
-            for rank, change in ((count - 1, self.lowered), (G - count, self.raised)) if count else ():
-                begin = int(self.order[rank]) * size
-                output.addmm_(X[:, begin : begin + size], change[:, begin : begin + size].T)
-            if count >= self.counts[0]:
-                self.total[count - self.counts[0]] += divergence(output)
-
-    def widths(self) -> list[int]:
-        """Bits of each group: N - 1 for the least salient, N + 1 for as many of the most salient, N for the rest."""
-        count = self.counts[int(self.total.argmin())]
-        widths = torch.full((len(self.order),), self.cfg.w_bits)
-        widths[self.order[:count]] -= 1
-        widths[self.order[len(self.order) - count :]] += 1
-        return widths.tolist()
+def start_search(W: Tensor, H: Tensor, cfg: Config, bias: Tensor | None = None) -> WidthSearch:
+    """Salience-determined bit allocation of one linear; the code's `absolute_damp` leaves damp_ratio out of it."""
+    H = with_damp(H, cfg)
+    final = group_salience(W, damped(H, cfg.damp_ratio), cfg.group_size)
+    salience = group_salience(W, damped(H, 0.0), cfg.group_size) if cfg.absolute_damp else final
+    rounded = partial(_group_grid.fake_quant, W, group_size=cfg.group_size)
+    how = {"objective": cfg.objective, "both_ends": cfg.both_ends, "same_bias": cfg.same_bias}
+    return WidthSearch(W, rounded, cfg.w_bits, salience, final, bias=bias, **how)
 
 
 def choose_widths(W: Tensor, H: Tensor, cfg: Config, X: Tensor | None = None) -> list[int]:
@@ -172,12 +103,43 @@ def choose_widths(W: Tensor, H: Tensor, cfg: Config, X: Tensor | None = None) ->
     _check(cfg)
     if not cfg.allocation:
         return [cfg.w_bits] * _quant.grouped(W, cfg.group_size).shape[1]
-    search = Search(W, group_salience(W, H, cfg), cfg)
+    search = start_search(W, H, cfg)
     search.see(torch.linalg.cholesky(damped(H, cfg.damp_ratio)).T * len(H) ** 0.5 if X is None else X)
     return search.widths()
 
 
 # --- one linear
+
+
+def round_groups(W: Tensor, H: Tensor, cfg: Config, widths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """The text's feedback: a group's columns are rounded as they are, their errors corrected in later groups.
+
+    Returns: codes [d_out, n_groups, group], scale and zero point [d_out, n_groups, 1].
+    """
+    U = inverse_cholesky(damped(H, cfg.damp_ratio))
+    rest, done = W.masked_fill(H.diagonal() == 0, 0.0), []  # dead inputs
+    for begin, bits in zip(range(0, W.shape[1], cfg.group_size), widths, strict=True):
+        here, later = slice(begin, begin + cfg.group_size), slice(begin + cfg.group_size, None)
+        x = rest[:, here]
+        scale, zero = _group_grid.choose_qparams(x, bits, factors(cfg), cfg.clip_norm)
+        codes = _group_grid.quantize(x, scale, zero, bits)
+        errors = (x - _quant.dequantize(codes, scale, zero)) / U.diagonal()[here]
+        rest[:, later] -= errors @ U[here, later]
+        done.append((codes, scale, zero))
+    codes, scale, zero = (torch.stack(parts, 1) for parts in zip(*done, strict=True))
+    return codes, scale, zero
+
+
+def round_columns(W: Tensor, H: Tensor, cfg: Config, widths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """The code's feedback, which is GPTQ's; returns as `round_groups`."""
+    how = gptq.Config(cfg.w_bits, cfg.group_size, damp_ratio=cfg.damp_ratio, block_size=cfg.block_size)
+
+    def choose(x: Tensor, bits: int, _symmetric: bool) -> tuple[Tensor, Tensor]:
+        return _group_grid.choose_qparams(x, bits, factors(cfg), cfg.clip_norm)
+
+    rounded = gptq.round_columns(W, H, how, choose, quantize=_group_grid.quantize, widths=widths)
+    codes = _quant.grouped(rounded.codes.T, cfg.group_size)
+    return codes, rounded.scale.T[..., None], rounded.zero_point.T[..., None]
 
 
 def pack_weight(W: Tensor, H: Tensor, cfg: Config, widths: list[int] | None = None) -> dict[str, Tensor]:
@@ -190,14 +152,8 @@ def pack_weight(W: Tensor, H: Tensor, cfg: Config, widths: list[int] | None = No
     if cfg.plus:
         codes, scale, zero = MixedClippedWeight(W, widths, cfg.group_size, cfg.clip_init).stored(W)
     else:
-        how = gptq.Config(cfg.w_bits, cfg.group_size, damp_ratio=cfg.damp_ratio, block_size=cfg.block_size)
-
-        def choose(x: Tensor, bits: int, _symmetric: bool) -> tuple[Tensor, Tensor]:
-            return choose_qparams(x, bits, cfg, calibrate=cfg.calibration)
-
-        rounded = gptq.round_columns(W, H, how, choose, quantize=_quantize, widths=widths)
-        codes = _quant.grouped(rounded.codes.T, cfg.group_size)
-        scale, zero = rounded.scale.T[..., None], rounded.zero_point.T[..., None]
+        rounding = round_groups if cfg.compensation == "group" else round_columns
+        codes, scale, zero = rounding(W, with_damp(H, cfg), cfg, widths)
     packed = _mixed.pack_groups(codes, scale, zero.floor(), torch.tensor(widths)[:, None], _choices(cfg))
     if cfg.w_bits > 2:
         return packed
@@ -236,7 +192,7 @@ def search_block(block: Block, hessians: dict[str, Tensor], cfg: Config) -> dict
     linears, searches = named_linears(block.module), {}
     for name, linear in linears.items():
         W, bias = linear.weight.float(), None if linear.bias is None else linear.bias.float()
-        searches[name] = Search(W, group_salience(W, hessians[name], cfg), cfg, bias)
+        searches[name] = start_search(W, hessians[name], cfg, bias)
     block.observe(linears, lambda name, X: searches[name].see(X.float()))
     return {name: search.widths() for name, search in searches.items()}
 

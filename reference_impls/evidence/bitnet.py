@@ -9,15 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from requant.reference_impls.bitnet import (
-    BitLinear,
-    Config,
-    binarize,
-    fake_quant,
-    normalize,
-    quantize_weight,
-    restore,
-)
+from requant.reference_impls._bit_linear import BitLinear, binarize, fake_quant, normalize, restore
+from requant.reference_impls.bitnet import Config, quantize_weight
 
 _LAYER = "model.layers.1.mlp.up_proj"
 

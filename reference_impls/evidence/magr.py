@@ -17,6 +17,7 @@ from requant.reference_impls.magr import (
     iterates,
     pack_weight,
     prox,
+    quantize,
     quantize_weight,
     reduce_magnitude,
     unpack_weight,
@@ -111,6 +112,50 @@ def layer_errors(ctx) -> list[dict]:
 
     rows = {row: error(cfg) / error(replace(cfg, **without)) for row, (cfg, without) in pairs.items()}
     return [{"name": name, "value": value} for name, value in (rows | {"without": 1.0}).items()]
+
+
+def last_sequence_is_all_magr_sees(ctx) -> float:
+    """Largest difference of a weight, without rounding, between MagR on the last of three sequences and on that one
+    alone; 0."""
+    model, calib, cfg = ctx.reference(), ctx.calib(3, 64), Config(quantizer="none", n_iters=2)
+    found = quantize(model, calib, replace(cfg, last_sequence=True)), quantize(model, calib[-1:], cfg)
+    pairs = zip(*(twin.parameters() for twin in found), strict=True)
+    return max(float((ours - alone).abs().max()) for ours, alone in pairs)
+
+
+def new_grids_shrink(ctx) -> float:
+    """Largest step of a group's grid after n sweeps with new grids, over beta^n times that before; up to ten sweeps."""
+    W, H, _ = ctx.layer(_LAYERS[1])
+    cfg = Config(3, 32, n_iters=5, beta=0.95, new_grids=True)
+    first, worst = pack_weight(W[:64], H, cfg)["scale"].float(), 0.0
+    for n in (1, 3, 10):
+        step = pack_weight(W[:64], H, replace(cfg, cd_sweeps=n))["scale"].float()
+        worst = max(worst, float((step / first).max()) / cfg.beta**n)
+    return worst
+
+
+def errors_by_grids(ctx) -> list[dict]:
+    """tr(E H E^T) after 30 sweeps at 2 bits in groups of 128 on the grids of OPTQ, and on new ones at every sweep; in
+    units of that without a sweep. One layer."""
+    W, H, _ = ctx.layer(_LAYERS[0])
+    kept = Config(2, 128, n_iters=20, sweeps_everywhere=True)
+    settings = {"kept": kept, "new": replace(kept, new_grids=True), "without": replace(kept, cd_sweeps=0)}
+    loss = {name: proxy_loss(W, quantize_weight(W, H, cfg), H) for name, cfg in settings.items()}
+    return [{"name": name, "value": value / loss["without"]} for name, value in loss.items()]
+
+
+def errors_of_one_sweep(ctx) -> list[dict]:
+    """The sweep that the code adds at 3 bits per channel: tr(E H E^T) in units of that without it, mean of two layers,
+    with H as the sweep sees it and as it is."""
+    rows = {"damped": 0.0, "undamped": 0.0, "without": 1.0}
+    for name in _LAYERS[:2]:
+        W, H, _ = ctx.layer(name)
+        cfg = Config(3, n_iters=20)
+        Q = [quantize_weight(W, H, how) for how in (replace(cfg, sweeps_everywhere=True), cfg)]
+        for row, moments in (("damped", damped(H, cfg.cd_damp_ratio)), ("undamped", H)):
+            after, before = (proxy_loss(W, q, moments) for q in Q)
+            rows[row] += after / before / 2
+    return [{"name": name, "value": value} for name, value in rows.items()]
 
 
 def unreduced_is_quip(ctx) -> float:

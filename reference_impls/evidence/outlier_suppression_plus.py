@@ -9,15 +9,8 @@ import torch
 from torch import Tensor
 
 from requant.reference_impls._ranges import round_between, token_range
-from requant.reference_impls.outlier_suppression_plus import (
-    Config,
-    migrate,
-    quantize_weight,
-    scale_of,
-    search_scale,
-    shift_of,
-    thresholds,
-)
+from requant.reference_impls._thresholds import scale_of, shift_of, thresholds
+from requant.reference_impls.outlier_suppression_plus import Config, migrate, quantize_weight, search_scale
 from requant.reference_impls.smoothquant import smoothing_factors
 
 
@@ -74,6 +67,33 @@ def planted_asymmetry(ctx) -> list[dict]:
             s = _searched(X, W, z, cfg) if "scale" in row else one
             errors[row] += _held_out(X, W, s, z, cfg) / plain / 2
     return [{"name": row, "value": error} for row, error in errors.items()]
+
+
+def text_and_code_agree_on_centred_channels(ctx) -> float:
+    """Largest relative distance of Eq. 8 as printed from the code's scale on centred channels, and of the text's K
+    thresholds from k/K max|X|."""
+    X = ctx.layer("model.layers.1.mlp.up_proj", "reference-outlier", 512)[2]
+    centred, cfg = X - shift_of(X), Config(n_grid=7, max_step=None, lower_bound=None)
+    grid, top = thresholds(centred, cfg), float(centred.abs().max())
+    worst = max(abs(t * 7 / (top * k) - 1) for t, k in zip(grid, range(7, 0, -1), strict=True))
+    for t in grid:
+        worst = max(worst, float((scale_of(centred, t, False) / scale_of(centred, t) - 1).abs().max()))
+    return worst
+
+
+def sides_of_equation_8(ctx) -> list[dict]:
+    """Held-out error of 6-bit products without shift in units of that with no migration, on planted asymmetric channels
+    as in `planted_asymmetry`, by the sides that the scale sees."""
+    settings = {"both_sides": Config(max_step=None), "as_printed": Config(max_step=None, both_sides=False)}
+    errors = dict.fromkeys(settings, 0.0)
+    for name in ("self_attn.q_proj", "mlp.up_proj"):
+        W, _, X = ctx.layer(f"model.layers.1.{name}", n_tokens=512)
+        X[:, :8] += 32 * X.abs().max() * (1 - 2 * (torch.arange(8) % 2))
+        zero, one = X.new_zeros(X.shape[1]), X.new_ones(X.shape[1])
+        for row, cfg in settings.items():
+            s = _searched(X, W, zero, cfg)
+            errors[row] += _held_out(X, W, s, zero, cfg) / _held_out(X, W, one, zero, cfg) / 2
+    return [{"name": row, "value": error} for row, error in (errors | {"none": 1.0}).items()]
 
 
 def searched_against_formula(ctx) -> list[dict]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import _quant, gptq
-from requant.reference_impls._clip_search import search_grid_and_zero
+from requant.reference_impls._clip_search import search_grid_and_zero, search_symmetric_grid
 from requant.reference_impls._fine_tuned import capitals, loss
 from requant.reference_impls._hessian import damped, proxy_loss
 from requant.reference_impls._outliers import TunableColumns, other_columns, top_columns
@@ -62,6 +62,22 @@ def search_is_exhaustive(ctx) -> float:
     scale, zero = search_grid_and_zero(x, bits, False, steps, 2.4)
     q = _quant.dequantize(_quant.quantize(x, scale, zero, bits), scale, zero)
     return float(((x - q).abs().pow(2.4).sum(1) / best - 1).max())
+
+
+def symmetric_search_is_exhaustive(ctx) -> float:
+    """Largest relative excess of a row's error over the best of 20 symmetric grids, tried one after the other with
+    signed codes; or, if larger, the difference of the full grid's step from max|w| / 4."""
+    W, _, _ = ctx.layer(_DOWN)
+    x, peak = W[:64], W[:64].abs().amax(1, keepdim=True)
+    errors = []
+    for step in range(1, 21):
+        scale = (peak * step / 80).half().float()
+        errors.append((x - (x / scale).round().clamp(-4, 3) * scale).abs().pow(2.4).sum(1))
+    scale, zero = search_symmetric_grid(x, 3, True, 20, 2.4)
+    q = _quant.dequantize(_quant.quantize(x, scale, zero, 3), scale, zero)
+    excess = float(((x - q).abs().pow(2.4).sum(1) / torch.stack(errors).amin(0) - 1).max())
+    full, _ = search_symmetric_grid(x, 3, True, 1, 2.4)
+    return max(excess, float((full - (peak / 4).half().float()).abs().max()))
 
 
 def budget_is_the_official_one(ctx) -> float:
@@ -117,6 +133,19 @@ def gain_of_search(ctx) -> list[dict]:
     cfg = Config(n_columns=0)
     loss = {on: proxy_loss(W, quantize_weight(W, H, replace(cfg, clip_search=on)), H) for on in (True, False)}
     return [{"name": "search", "value": loss[True] / loss[False]}, {"name": "minmax", "value": 1.0}]
+
+
+def gain_of_zero_points(ctx) -> list[dict]:
+    """Proxy loss of one layer at 3 bits over that with searched symmetric grids, by the kind of grid."""
+    W, H, _ = ctx.layer("model.layers.1.self_attn.o_proj")
+    searched = Config(n_columns=0, symmetric=True, n_grid=40)
+    settings = {
+        "asymmetric": replace(searched, symmetric=False),
+        "symmetric": searched,
+        "symmetric_minmax": replace(searched, clip_search=False),
+    }
+    loss = {name: proxy_loss(W, quantize_weight(W, H, cfg), H) for name, cfg in settings.items()}
+    return [{"name": name, "value": value / loss["symmetric"]} for name, value in loss.items()]
 
 
 def tuning_moves_weak_columns_alone(ctx) -> float:

@@ -1,4 +1,4 @@
-"""Evidence on SliM-LLM: widths keep their mean, its increments are exact, and what allocation and calibration gain.
+"""Evidence on SliM-LLM: widths keep their mean, increments are exact, what allocation, calibration and feedback gain.
 
 Entry     papers/slim_llm.yaml
 """
@@ -11,22 +11,21 @@ import torch
 
 from requant.reference_impls import _quant, gptq, omniquant
 from requant.reference_impls._clipping import MixedClippedWeight
-from requant.reference_impls._hessian import proxy_loss
+from requant.reference_impls._hessian import damped, proxy_loss
 from requant.reference_impls._learn import output_error
 from requant.reference_impls._walk import copy_model, walk_blocks
+from requant.reference_impls._width_search import OBJECTIVES, divergence_from, group_salience
 from requant.reference_impls.slim_llm import (
-    OBJECTIVES,
+    COMPENSATIONS,
     Config,
-    Search,
     choose_widths,
-    divergence_from,
-    group_salience,
     learn_block,
     quantize_weight,
     search_block,
+    start_search,
 )
 
-_DOWN = "model.layers.1.mlp.down_proj"
+_DOWN, _O = "model.layers.1.mlp.down_proj", "model.layers.1.self_attn.o_proj"
 
 
 def mean_width_is_the_target(ctx) -> float:
@@ -41,27 +40,83 @@ def mean_width_is_the_target(ctx) -> float:
 
 def uniform_is_gptq(ctx) -> float:
     """Largest difference from group-wise GPTQ without allocation and calibration."""
-    W, H, _ = ctx.layer("model.layers.1.self_attn.o_proj")
+    W, H, _ = ctx.layer(_O)
     plain = quantize_weight(W, H, Config(3, 32, allocation=False, calibration=False))
     return float((plain - gptq.quantize_weight(W, H, gptq.Config(w_bits=3, group_size=32))).abs().max())
 
 
 def increments_are_exact(ctx) -> float:
-    """Relative distance of the divergences from those of matrices put together anew for every count."""
+    """Relative distance of the divergences from those of matrices put together anew for every count; bias on both
+    sides, and left out of the rounded one as in the released code."""
     W, H, X = ctx.layer(_DOWN, n_tokens=256)
-    cfg = Config(2, 64)
-    search = Search(W, group_salience(W, H, cfg), cfg)
-    search.see(X)
-    explicit = []
-    for count in search.counts:
-        Q = search.mid.clone().reshape(len(W), -1, 64)
-        for groups, change in (
-            (search.order[:count], search.lowered),
-            (search.order[12 - count :], search.raised),
-        ):
-            Q[:, groups] += change.reshape(Q.shape)[:, groups]
-        explicit.append(divergence_from(X @ W.T, "kl")(X @ Q.flatten(1).T))
-    return float((search.total / torch.tensor(explicit, dtype=torch.float64) - 1).abs().max())
+    bias = torch.linspace(-1, 1, len(W))
+    worst = 0.0
+    for same_bias in (True, False):
+        search = start_search(W, H, Config(2, 64, same_bias=same_bias), bias)
+        search.see(X)
+        explicit = []
+        for count in search.counts:
+            Q = search.mid.clone().reshape(len(W), -1, 64)
+            for groups, change in (
+                (search.order[:count], search.lowered),
+                (search.order[12 - count :], search.raised),
+            ):
+                Q[:, groups] += change.reshape(Q.shape)[:, groups]
+            output = X @ Q.flatten(1).T + (bias if same_bias else 0)
+            explicit.append(divergence_from(X @ W.T + bias, "kl")(output))
+        ratio = search.total / torch.tensor(explicit, dtype=torch.float64)
+        worst = max(worst, float((ratio - 1).abs().max()))
+    return worst
+
+
+def damp_is_the_codes(ctx) -> float:
+    """Groups out of place, and largest difference of a weight, from the code's ridge of 0.01 on its own H; 0.
+
+    Its H is 2 seqlen times ours, here with small inputs, so that 0.01 counts. Saliences come from explicit inverses.
+    """
+    W, H, _ = ctx.layer(_O)
+    W, H, seqlen = W[:, :64], H[:64, :64], 256
+    H = H / H.diagonal().mean() * 0.01 / seqlen
+    cfg = Config(2, 8, absolute_damp=0.01 / (2 * seqlen), allocation=False)
+    search, ridged = start_search(W, H, cfg), 2 * seqlen * H + 0.01 * torch.eye(64)
+    worst = float(
+        (quantize_weight(W, H, cfg) - quantize_weight(W, ridged, replace(cfg, absolute_damp=0.0))).abs().max()
+    )
+    for order, ratio in ((search.order, 0.0), (search.final_order, cfg.damp_ratio)):
+        full = ridged.double() + ratio * ridged.diagonal().mean() * torch.eye(64)
+        squares = [torch.linalg.inv(full[j:, j:])[0, 0] for j in range(64)]  # U_jj^2
+        salience = (W.double().square() / torch.stack(squares)).reshape(len(W), 8, 8).sum((0, 2))
+        worst = max(worst, float((order != salience.argsort()).sum()))
+    return worst
+
+
+def feedback_by_group(ctx) -> float:
+    """Largest difference of a weight of `compensation` "group" from GPTQ where a group is one column, and from rounding
+    alone where there is one group; 0."""
+    W, H, _ = ctx.layer(_O)
+    cfg = Config(2, 1, allocation=False, compensation="group")
+    small = W[:, :48], H[:48, :48]
+    worst = (
+        quantize_weight(*small, cfg) - quantize_weight(*small, replace(cfg, compensation="column"))
+    ).abs()
+    whole = replace(cfg, group_size=W.shape[1])
+    rounded = quantize_weight(W, torch.eye(len(H)), replace(whole, compensation="column"))
+    return float(torch.maximum(worst.max(), (quantize_weight(W, H, whole) - rounded).abs().max()))
+
+
+def gain_of_feedback(ctx) -> list[dict]:
+    """Proxy loss at uniform 2 bits by where errors go on to, over that from column to column; mean of 2 layers."""
+    cfg, losses = Config(2, 32, allocation=False, n_grid=20), {"column": 0.0, "group": 0.0, "none": 0.0}
+    for name in (_O, "model.layers.0.self_attn.q_proj"):
+        W, H, _ = ctx.layer(name)
+        loss = {
+            how: proxy_loss(W, quantize_weight(W, H, replace(cfg, compensation=how)), H)
+            for how in COMPENSATIONS
+        }
+        loss["none"] = proxy_loss(W, quantize_weight(W, torch.eye(len(H)), cfg), H)
+        for how in losses:
+            losses[how] += loss[how] / loss["column"] / 2
+    return [{"name": name, "value": value} for name, value in losses.items()]
 
 
 def levels_within_width(ctx) -> float:
@@ -79,7 +134,7 @@ def allocation_by_salience(ctx) -> list[dict]:
     """Proxy loss of a layer over that of uniform widths: a quarter of the groups raised and a quarter lowered."""
     W, H, _ = ctx.layer(_DOWN)
     cfg = Config(2, 32, n_grid=20)
-    salience = group_salience(W, H, cfg)
+    salience = group_salience(W, damped(H, cfg.damp_ratio), cfg.group_size)
     losses = {}
     for name, score in (("salient", salience), ("uniform", None), ("swapped", -salience)):
         widths = torch.full((24,), 2)
@@ -92,7 +147,7 @@ def allocation_by_salience(ctx) -> list[dict]:
 
 def gain_of_calibration(ctx) -> list[dict]:
     """Proxy loss of a layer at uniform 2 bits over that with min-max grids."""
-    W, H, _ = ctx.layer("model.layers.1.self_attn.o_proj")
+    W, H, _ = ctx.layer(_O)
     cfg = Config(2, 32, allocation=False)
     loss = {on: proxy_loss(W, quantize_weight(W, H, replace(cfg, calibration=on)), H) for on in (True, False)}
     return [{"name": "calibrated", "value": loss[True] / loss[False]}, {"name": "minmax", "value": 1.0}]
