@@ -17,10 +17,10 @@ from requant.reference_impls._stiefel import CayleySGD, skew_direction
 from requant.reference_impls._weights import quantize_linears
 from requant.reference_impls.spinquant import (
     Config,
-    Learner,
     Rotations,
     initial_rotations,
     learn_rotations,
+    learnable,
     quantize_flow,
     quantize_weight,
     rotate,
@@ -33,7 +33,7 @@ def rotation_keeps_logits(ctx) -> float:
     cfg = Config(a_bits=None, kv_bits=None, init="orthogonal")
     with torch.no_grad():
         plain, merged = model(tokens).logits, rotate(model, initial_rotations(model, cfg), cfg)(tokens).logits
-        learned = Learner(model, cfg).logits(tokens)
+        learned = learnable(model, cfg)[0].logits(tokens)
     return max(float((logits - plain).abs().max()) for logits in (merged, learned))
 
 
@@ -79,9 +79,9 @@ def flat_without_quantization(ctx) -> float:
     """Size of the loss's gradient along the manifold with nothing rounded, as a share of that of the 4-bit network."""
     model, tokens, sizes = ctx.reference(), ctx.calib(1), []
     for cfg in (Config(a_bits=None, kv_bits=None), Config()):
-        learner = Learner(model, cfg)
-        learner.loss(tokens).backward()
-        sizes.append(sum(float(skew_direction(R.detach(), R.grad).norm()) for R in (learner.R1, *learner.R2)))
+        network, matrices = learnable(model, cfg)
+        network.loss(tokens).backward()
+        sizes.append(sum(float(skew_direction(R.detach(), R.grad).norm()) for R in matrices))
     return sizes[0] / sizes[1]
 
 
