@@ -158,7 +158,18 @@ def fuse_norms(model: nn.Module) -> None:
             _fuse(model, names[id(norm)], norm, linears, layer_norm)
         for linear in (parts.o, parts.down) if layer_norm else ():
             _centre_output(linear)
-    for embedding in ends.embeddings if layer_norm else ():
+    if layer_norm:
+        centre_embeddings(model)
+
+
+@torch.no_grad()
+def centre_embeddings(model: nn.Module) -> None:
+    """Subtract the mean of each embedding row, in place.
+
+    LayerNorms do so anyway, RMSNorms do not; the codes of QuaRot and its descendants do it in front of both.
+    """
+    untie_head(model)
+    for embedding in stream_ends(model).embeddings:
         with visit(embedding):
             rows = embedding.weight.double()
             _write(embedding.weight, rows - rows.mean(1, keepdim=True))

@@ -26,7 +26,7 @@ from requant.reference_impls._basis_change import ChangeOfBasis
 from requant.reference_impls._clip_search import search_grid
 from requant.reference_impls._column_parts import Part, pack_parts, round_parts, round_tokens, unpack_parts
 from requant.reference_impls._quant import QuantizationError, check_choices
-from requant.reference_impls._rotation import fuse_norms, heads, same_function
+from requant.reference_impls._rotation import centre_embeddings, fuse_norms, heads, same_function
 from requant.reference_impls._walk import check_calib, copy_model, named_linears, require_whole
 from requant.reference_impls._weights import quantize_blockwise
 
@@ -58,6 +58,7 @@ class Config:
     lr: float = 1.5  # scripts, --learning_rate; decays to zero by a cosine
     momentum: float = 0.9  # code
     cayley_iterations: int = 5  # code
+    centre_embeddings: bool = False  # code, in all models, though RMSNorm does not undo it
     seed: int = 0  # of the random rotations
 
     def high(self, width: int) -> int:
@@ -86,11 +87,14 @@ def _check(cfg: Config) -> None:
 def rotate(model: nn.Module, calib: Tensor, cfg: Config) -> nn.Module:
     """A copy that computes the same logits with its stream, values, keys and MLP activations rotated (Sec. 4).
 
+    With centred embeddings they are others.
     Raises: UnsupportedModelError for a structure, or an MLP width, that cannot be rotated.
     """
     _check(cfg)
     check_calib(calib)
     model = copy_model(model)
+    if cfg.centre_embeddings:
+        centre_embeddings(model)
     with same_function(model):
         fuse_norms(model)
         fold(model, bases_of(model, calib, cfg))
@@ -230,5 +234,8 @@ def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
 
 
 def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
-    """The mean width and a float16 scale a row for each part; folded rotations store nothing."""
+    """The mean width and a float16 scale a row for each part; folded rotations store nothing.
+
+    Products between bases, hidden^2 numbers for each block or sublayer, belong to no layer and are left out.
+    """
     return sum(bits * n + 16 for n, bits in cfg.widths(d_in, cfg.w_bits)) / d_in

@@ -4,9 +4,10 @@ Paper     Liu et al., ICLR 2025, arXiv:2405.16406v4 (numbers below refer to v4) 
 Scope     weights and inputs of nn.Linear in decoder blocks, keys, values; embeddings, lm_head, queries untouched
 Deviates  calibration samples serve both stages, in order and again from the start where steps * batch_size exceeds
           them (official: 800 blocks for the rotations, 128 crops for GPTQ); float32 instead of bfloat16; ranges include
-          zero; weight scales are rounded to float16; RMSNorm models keep the mean of their embedding rows; matrices are
-          orthonormalized before merging; where a norm follows a sublayer (Gemma 2), the stream rotation behind it is
-          online; the ExecuTorch export (8-bit embeddings and head) is not offered
+          zero; weight scales are rounded to float16; RMSNorm models keep the mean of their embedding rows, unless
+          centre_embeddings asks for what the code does; matrices are orthonormalized before merging; where a norm
+          follows a sublayer (Gemma 2), the stream rotation behind it is online; the ExecuTorch export (8-bit
+          embeddings and head) is not offered
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from requant.reference_impls._learn import straight_through
 from requant.reference_impls._places import RotatedNetwork, learn
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._rotation import (
+    centre_embeddings,
     fuse_norms,
     hadamard_before,
     heads,
@@ -73,6 +75,7 @@ class Config:
     lr: float = 1.5  # scripts, --learning_rate; decays to zero by a cosine
     cayley_iterations: int = 5  # code
     learn_w_bits: int | None = None  # README: 16-bit weights while learning if GPTQ follows; None = 16
+    centre_embeddings: bool = False  # code, in all models, though RMSNorm does not undo it
     seed: int = 0  # of the initial rotations
 
 
@@ -109,8 +112,10 @@ def initial_rotations(model: nn.Module, cfg: Config) -> Rotations:
 
 @torch.no_grad()
 def rotate(model: nn.Module, rotations: Rotations, cfg: Config) -> nn.Module:
-    """A copy with R1, R2 and R4 that computes the same logits; R3 comes with the cache."""
+    """A copy with R1, R2 and R4 that computes the same logits, but for centred embeddings; R3 comes with the cache."""
     model = copy_model(model)
+    if cfg.centre_embeddings:
+        centre_embeddings(model)
     with same_function(model):
         fuse_norms(model)
         rotate_stream(model, rotations.R1)
