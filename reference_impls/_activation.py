@@ -95,7 +95,18 @@ def transform_inputs(
         if wrapper is None:
             replace_module(root, names[id(linear)], QuantInput(linear, shared))
         else:
-            wrapper.transform = lambda x, first=wrapper.transform: shared(first(x))
+            first = wrapper.transform
+            wrapper.transform = shared if first is None else lambda x, first=first: shared(first(x))
+
+
+def transform_output(root: nn.Module, linear: nn.Linear, after: Callable[[Tensor], Tensor]) -> None:
+    """Run `after` on what this linear below root writes; in place."""
+    for module in root.modules():
+        if isinstance(module, QuantInput) and module.linear is linear:
+            module.after = after
+            return
+    names = {id(each): name for name, each in named_linears(root).items()}
+    replace_module(root, names[id(linear)], QuantInput(linear, None, after))
 
 
 def bare(parts: BlockAnatomy) -> BlockAnatomy:

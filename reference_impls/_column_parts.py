@@ -1,14 +1,19 @@
-"""A weight whose last columns have a width of their own: each part with its codes and one symmetric scale a row."""
+"""Tensors whose last columns have a width of their own.
+
+A weight has codes and one symmetric scale a row for each part; activations are rounded a token and part.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from requant.reference_impls import _quant
+from requant.reference_impls._learn import straight_through
 
 _PREFIXES = ("", "high_")  # of the names the tensors of a part are stored under
 
@@ -43,3 +48,14 @@ def unpack_parts(packed: dict[str, Tensor], widths: Sequence[tuple[int, int]]) -
         codes = _quant.unpack_bits(packed[f"{prefix}codes"], bits, (int(packed["shape"][0]), n)).float()
         columns.append(Part(codes, packed[f"{prefix}scale"].float(), bits).dequantize())
     return torch.cat(columns, 1)
+
+
+def round_tokens(x: Tensor, bits: int) -> Tensor:
+    """Asymmetric rounding of each last-dimension slice of x, with the gradient of the identity."""
+    return straight_through(x, partial(_quant.clipped_fake_quant, bits=bits))
+
+
+def round_parts(x: Tensor, widths: Sequence[tuple[int, int]]) -> Tensor:
+    """`round_tokens` of x [..., d] with `widths`, the (columns, bits) of each part."""
+    parts = x.split([n for n, _ in widths], -1)
+    return torch.cat([round_tokens(part, bits) for part, (_, bits) in zip(parts, widths, strict=True)], -1)

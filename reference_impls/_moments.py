@@ -32,22 +32,29 @@ class Moments:
         """
         width = self.sizes.shape[-1]
         if cfg.subspace == "channels":
-            return torch.eye(width, dtype=torch.float64)[self.sizes.argsort()].mT
+            return torch.eye(width, dtype=torch.float64)[self.sizes.argsort().cpu()].mT
         moments = torch.stack([damped(S, cfg.basis_damp_ratio) for S in self.squares.view(-1, width, width)])
-        return torch.linalg.eigh(moments.view_as(self.squares)).eigenvectors  # eigenvalues ascend
+        return torch.linalg.eigh(moments.view_as(self.squares)).eigenvectors.cpu()  # eigenvalues ascend
 
 
 @torch.no_grad()
-def collect(model: nn.Module, calib: Tensor) -> tuple[Moments, list[Moments], list[Moments]]:
-    """Moments of the stream as the linears read it (all blocks together), of values and of keys after rotary embedding.
+def collect(
+    model: nn.Module, calib: Tensor, granularity: str = "full_shared"
+) -> tuple[list[Moments], list[Moments], list[Moments]]:
+    """Moments of the stream as the linears read it, of values and of keys after rotary embedding.
 
     Args:
         model: with fused norms; its attention modules are left with a transform that changes nothing.
+        granularity: whose moments of the stream are one: "full_shared" all, "one_per_decoder" those of a block,
+            "per_layer" those of a sublayer. Only if all are, the heads of a block share the moments of keys.
+    Returns: the stream's in front of each attention and MLP in turn, the same object where they are one; for each
+        block the values' [n_kv_heads, head_dim, head_dim] and the keys' [head_dim, head_dim], or as the values'.
     """
-    stream, values, keys = Moments(), [], []
+    shared, stream, values, keys = Moments(), [], [], []
+    per_head = granularity != "full_shared"
 
     def record(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        keys[-1].add(key.transpose(0, 1).flatten(0, 2))  # [all heads' tokens, head_dim]
+        keys[-1].add(key.transpose(0, 1).flatten(int(per_head), 2))  # [(n_kv_heads,) n_tokens, head_dim]
         values[-1].add(value.transpose(0, 1).flatten(1, 2))  # [n_kv_heads, n_tokens, head_dim]
         return query, key, value
 
@@ -58,7 +65,11 @@ def collect(model: nn.Module, calib: Tensor) -> tuple[Moments, list[Moments], li
         values.append(Moments())
         keys.append(Moments())
         parts.attn.requant_transform = record
+        attention = shared if granularity == "full_shared" else Moments()
+        mlp = Moments() if granularity == "per_layer" else attention
+        stream += [attention, mlp]
+        read = {"attention": attention, "mlp": mlp}
         readers = {"attention": parts.qkv[0], "mlp": parts.ups[0]}
-        block.observe(readers, lambda _name, X: stream.add(X.float()))
+        block.observe(readers, lambda name, X, read=read: read[name].add(X.float()))
         parts.attn.requant_transform = lambda *states: states
     return stream, values, keys

@@ -1,20 +1,24 @@
-"""The tensors of a decoder that folded rotations change, as differentiable functions of the rotations.
+"""A decoder as a differentiable function of the rotations that fold into it, and learning them.
 
 SpinQuant (arXiv:2405.16406v4, Sec. 3.1): R1 turns the residual stream, one R2 a block the values of each head.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from requant.reference_impls._activation import bare
 from requant.reference_impls._anatomy import block_anatomies
-from requant.reference_impls._learn import straight_through
+from requant.reference_impls._learn import descend, in_order, next_token_loss, straight_through
 from requant.reference_impls._rotation import Heads, Rotation, heads, stream_ends
+from requant.reference_impls._stiefel import CayleySGD, orthonormalized
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Place:
 
 
 def places(model: nn.Module) -> Iterator[tuple[Place, bool]]:
-    """All of them in a model rotated by identities, and whether each is a weight to be rounded."""
+    """All of them in a model with fused norms, and whether each is a weight to be rounded."""
     names = {id(module): name for name, module in model.named_modules()}
     ends = stream_ends(model)
     for module in (*ends.embeddings, ends.head):
@@ -56,7 +60,7 @@ def places(model: nn.Module) -> Iterator[tuple[Place, bool]]:
     for index, parts in enumerate(map(bare, block_anatomies(model))):
         online = [each for each in parts.block.modules() if isinstance(each, Rotation)]  # behind post-norms
         for rotation in online:
-            yield Place(f"{names[id(rotation)]}.Q", torch.eye(len(rotation.Q)), reads=True), False
+            yield Place(f"{names[id(rotation)]}.Q", rotation.Q, reads=True), False
         geometry = heads(parts, model.config)
         readers = [*parts.qkv, *parts.ups]
         for module in (*readers, parts.o, parts.down):
@@ -66,3 +70,58 @@ def places(model: nn.Module) -> Iterator[tuple[Place, bool]]:
             yield Place(f"{name}.weight", module.weight, module in readers, writes, **inner), True
             if module.bias is not None and (value or writes):
                 yield Place(f"{name}.bias", module.bias, writes=writes, **(inner if value else {})), False
+
+
+class RotatedNetwork:
+    """A network, rounded when it runs, as a function of the rotations of its stream and values.
+
+    Args:
+        model: float32, with fused norms; where rotations are folded in already, these come on top.
+        rotations: () -> R1 [hidden, hidden] and one R2 [head_dim, head_dim] a block.
+        rounding: of the rotated weights, W -> dequantized W; None = not rounded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rotations: Callable[[], tuple[Tensor, list[Tensor]]],
+        rounding: Callable[[Tensor], Tensor] | None = None,
+    ):
+        self.model, self.rotations = model, rotations
+        self.places = [(place, rounding if is_weight else None) for place, is_weight in places(model)]
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """[n, seqlen, vocabulary] for tokens [n, seqlen]."""
+        R1, R2 = self.rotations()
+        weights = {place.name: place.rotated(R1, R2, how) for place, how in self.places}
+        return torch.func.functional_call(self.model, weights, (tokens,), {"use_cache": False}).logits
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        """Mean next-token cross entropy in nats (SpinQuant, Eq. 2)."""
+        return next_token_loss(self.logits(tokens), tokens)
+
+
+def learn(
+    network: RotatedNetwork,
+    matrices: list[nn.Parameter],
+    calib: Tensor,
+    cfg,
+    momentum: float = 0.0,
+    watch: Callable[[list[Tensor]], None] | None = None,
+) -> list[Tensor]:
+    """Cayley SGD on the orthogonal matrices that the network's rotations are made of, all weights frozen.
+
+    Args:
+        calib: int64 [n_samples, seqlen], in order and again from the start where it is used up.
+        cfg: the method's Config: steps, batch_size, lr (decays to zero along a cosine), cayley_iterations, seed.
+        watch: called with the matrices after each step.
+    Returns: the matrices, orthonormalized, float64.
+    """
+    generator = torch.Generator().manual_seed(cfg.seed)
+    optimizer = CayleySGD(matrices, cfg.lr, cfg.cayley_iterations, generator=generator, momentum=momentum)
+    schedule = LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / cfg.steps)))
+    epochs = cfg.steps * cfg.batch_size // len(calib) + 1
+    batches = islice(in_order(len(calib), cfg.batch_size, epochs), cfg.steps)
+    project = None if watch is None else lambda: watch(matrices)
+    descend(lambda batch: network.loss(calib[batch]), optimizer, batches, schedule=schedule, project=project)
+    return [orthonormalized(R.detach()) for R in matrices]

@@ -158,7 +158,18 @@ def fuse_norms(model: nn.Module) -> None:
             _fuse(model, names[id(norm)], norm, linears, layer_norm)
         for linear in (parts.o, parts.down) if layer_norm else ():
             _centre_output(linear)
-    for embedding in ends.embeddings if layer_norm else ():
+    if layer_norm:
+        centre_embeddings(model)
+
+
+@torch.no_grad()
+def centre_embeddings(model: nn.Module) -> None:
+    """Subtract the mean of each embedding row, in place.
+
+    LayerNorms do so anyway, RMSNorms do not; the codes of QuaRot and its descendants do it in front of both.
+    """
+    untie_head(model)
+    for embedding in stream_ends(model).embeddings:
         with visit(embedding):
             rows = embedding.weight.double()
             _write(embedding.weight, rows - rows.mean(1, keepdim=True))
@@ -175,6 +186,19 @@ def _fuse(model: nn.Module, name: str, norm: nn.Module, linears: list[nn.Linear]
         replace_module(model, name, _plain_rms_norm(norm, linears[0]))
 
 
+def turn_reader(reader: nn.Module, Q: Tensor) -> None:
+    """Let a linear read x Q, or an embedding give it, in the place of x; in place, Q in float64."""
+    _write(reader.weight, reader.weight.double() @ Q.to(reader.weight.device))
+
+
+def turn_writer(linear: nn.Linear, Q: Tensor) -> None:
+    """Let a linear write y Q in the place of y; in place, Q in float64."""
+    here = Q.to(linear.weight.device)
+    _write(linear.weight, here.T @ linear.weight.double())
+    if linear.bias is not None:
+        _write(linear.bias, linear.bias.double() @ here)
+
+
 @torch.no_grad()
 def rotate_stream(model: nn.Module, Q: Tensor) -> None:
     """Rotate the residual stream by Q [hidden, hidden], in place; `fuse_norms` comes first.
@@ -184,25 +208,18 @@ def rotate_stream(model: nn.Module, Q: Tensor) -> None:
     """
     ends = stream_ends(model)
     Q = Q.double()
-
-    def read_rotated(reader: nn.Module) -> None:
-        _write(reader.weight, reader.weight.double() @ Q.to(reader.weight.device))
-
     for reader in (*ends.embeddings, ends.head):
         with visit(reader):
-            read_rotated(reader)
+            turn_reader(reader, Q)
     for parts in map(anatomy, visit_blocks(model)):
         for linear in (*parts.qkv, *parts.ups):
-            read_rotated(linear)
+            turn_reader(linear, Q)
         behind = post_norms(parts)
         for name, norm in behind.items():
             online = Rotation(Q.to(parts.down.weight.device, parts.down.weight.dtype))
             replace_module(parts.block, name, nn.Sequential(norm, online))
         for linear in () if behind else (parts.o, parts.down):
-            here = Q.to(linear.weight.device)
-            _write(linear.weight, here.T @ linear.weight.double())
-            if linear.bias is not None:
-                _write(linear.bias, linear.bias.double() @ here)
+            turn_writer(linear, Q)
 
 
 @dataclass(frozen=True)

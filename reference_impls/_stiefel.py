@@ -1,7 +1,7 @@
 """Gradient descent on the Stiefel manifold: matrices with orthonormal rows stay orthonormal.
 
-Cayley SGD of Li, Fuxin and Todorovic (ICLR 2020, arXiv:2002.01113), in the form that SpinQuant's code uses: no
-momentum, and a fixed-point iteration in the place of the inverse in (I - a/2 W)^-1 (I + a/2 W).
+Cayley SGD of Li, Fuxin and Todorovic (ICLR 2020, arXiv:2002.01113), in the form that SpinQuant's code uses (without
+momentum) and ResQ's (with it): a fixed-point iteration in the place of the inverse in (I - a/2 W)^-1 (I + a/2 W).
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class CayleySGD(Optimizer):
         params: float32 [p, n] each, p <= n, with orthonormal rows.
         iterations: of Y <- R^T + a/2 W (R^T + Y), which stand in for the inverse.
         qr_chance: probability that a matrix is orthonormalized anew before its step.
+        momentum: share of the last step's direction W R^T that is added to the next.
     """
 
     def __init__(
@@ -48,8 +49,9 @@ class CayleySGD(Optimizer):
         iterations: int = 5,
         qr_chance: float = 1 / 101,
         generator: torch.Generator | None = None,
+        momentum: float = 0.0,
     ):
-        super().__init__(params, {"lr": lr})
+        super().__init__(params, {"lr": lr, "momentum": momentum})
         self.iterations, self.qr_chance, self.generator = iterations, qr_chance, generator
 
     @torch.no_grad()
@@ -61,10 +63,15 @@ class CayleySGD(Optimizer):
                 R = parameter / (parameter.norm(dim=1, keepdim=True) + _EPS)
                 if float(torch.rand((), generator=self.generator)) < self.qr_chance:
                     R = orthonormalized(R).to(R)
-                W = skew_direction(R, parameter.grad)
+                state, gradient = self.state[parameter], parameter.grad
+                if "direction" in state:
+                    gradient = gradient - group["momentum"] * state["direction"].T
+                W = skew_direction(R, gradient)
                 a = min(group["lr"], 1.0 / (float(W.abs().sum(0).max()) + _EPS))
                 X = R.T
-                Y = X - a * parameter.grad.T
+                if group["momentum"]:
+                    state["direction"] = W @ X
+                Y = X - a * gradient.T
                 for _ in range(self.iterations):
                     Y = X + (a / 2) * W @ (X + Y)
                 parameter.copy_(Y.T)

@@ -5,7 +5,7 @@ Scope     weights and inputs of nn.Linear in decoder blocks, queries, keys, valu
           lm_head untouched
 Deviates  learned clipping (LWC) runs in float32; one random completion a search, as the code draws it; the flat
           orthogonal matrix is a Householder reflection, the code's a product of plane rotations; smoothing
-          takes the largest weight of all readers (the code of q and of up alone) and under grouped queries one factor
+          takes the largest weight of all readers (the code's choice is an option) and under grouped queries one factor
           for the query heads that share a value head (the code divides the input of o when it runs); the Hadamard
           transform of queries and keys is at most a head wide; ranges include zero and scales are rounded to float16;
           rotations and permutations, two matrices and an index a layer input, are not counted as storage
@@ -23,9 +23,11 @@ from requant.reference_impls import _quant
 from requant.reference_impls._activation import transform_attention, transform_inputs
 from requant.reference_impls._anatomy import anatomy
 from requant.reference_impls._clipping import ClippedWeight, learn_ranges
-from requant.reference_impls._hadamard import hadamard_transform, random_orthogonal
+from requant.reference_impls._dual_transform import search_transform
+from requant.reference_impls._equivalence import Site
+from requant.reference_impls._hadamard import hadamard_transform
 from requant.reference_impls._learn import ClippingStrengths, token_ste
-from requant.reference_impls._quant import QuantizationError, check_choices
+from requant.reference_impls._quant import check_choices
 from requant.reference_impls._walk import Block, check_calib, copy_model, named_linears, walk_blocks
 from requant.reference_impls.smoothquant import smooth_sites
 
@@ -43,6 +45,9 @@ class Config:
     w_clip_ratio: float = 0.8  # code, --swc: share of a row's range
     a_clip_ratio: float = 0.9  # code, --lac: share of a token's range, linear inputs only
     alpha: float | None = 0.6  # code, --alpha; 0.5 in run_lwc.sh; None = no smoothing
+    smoothing_weights: str = (
+        "all"  # whose maximum counts: of all readers, or as in the code of "q_and_up" alone
+    )
     block_size: int = 128  # code, --block_size: channels that one rotation mixes
     max_rotation_step: int = 256  # code, --max_rotation_step: greedy steps tried; 0 = no rotation at all
     permutation_times: int = 1  # code, --permutation_times: permutations, each with one more rotation
@@ -53,104 +58,6 @@ class Config:
     clip_init: float = 4.0  # code: logit, 0.982 of the range
     construction: str = "paper"  # or "released": the code's base matrix and choice of channel
     seed: int = 0  # of the random completions
-
-
-# --- the dual transformation (Sec. 3.2) -----------------------------------------------------------------------------
-
-
-def base_rotation(size: int, cfg: Config, generator: torch.Generator) -> Tensor:
-    """An orthogonal matrix [size, size]; as in the paper its first row is flat, |r_1j| = 1/sqrt(size).
-
-    The rest is a random completion: diag(1, Q) U with U flat in its first row and Q random orthogonal. The released
-    code has U diag(1, Q), of which only the first entry keeps that size.
-    """
-    v = torch.full((size,), -(size**-0.5), dtype=torch.float64)
-    v[0] += 1.0
-    U = torch.eye(size, dtype=torch.float64) - 2 * torch.outer(v, v) / (v @ v)  # e_1 <-> the flat vector
-    Q = torch.block_diag(torch.ones(1, 1, dtype=torch.float64), random_orthogonal(size - 1, generator))
-    return (Q @ U if cfg.construction == "paper" else U @ Q).float()
-
-
-def search_rotation(X: Tensor, cfg: Config, generator: torch.Generator) -> tuple[Tensor, list[float]]:
-    """The product of greedy rotations that leaves the smallest peak.
-
-    Each step moves the channel with the largest magnitude to the first place, where the base matrix spreads it over
-    all channels; of all products of the first k steps the one with the smallest range max - min is kept.
-
-    Args:
-        X: [n, block_size] float32, all blocks of all tokens; left unchanged.
-    Returns: R [block_size, block_size], and the range after 0, 1, ..., max_rotation_step steps.
-    """
-    size = X.shape[1]
-    base = base_rotation(size, cfg, generator)
-    R = best = torch.eye(size)
-    peaks: list[float] = []
-    for step in range(cfg.max_rotation_step + 1):
-        high, low = X.amax(0), X.amin(0)  # [block_size]
-        peaks.append(float(high.max() - low.min()))
-        if peaks[-1] < min(peaks[:-1], default=torch.inf):
-            best = R
-        if step == cfg.max_rotation_step:
-            break
-        if cfg.construction == "paper":
-            channel = int(torch.maximum(high, -low).argmax())
-        else:  # a row of X, which counts tokens and blocks, taken for a channel
-            channel = int(X.abs().argmax()) // size % size
-        swap = torch.arange(size)
-        swap[0], swap[channel] = channel, 0
-        turn = base[swap][:, swap]
-        X, R = X @ turn, R @ turn
-    return best, peaks
-
-
-def zigzag(X: Tensor, block_size: int) -> Tensor:
-    """The order of channels that deals them to blocks by falling max|x_j|: 1..K, K..1, 1..K, ... (Sec. 3.2).
-
-    Args:
-        X: [n_tokens, d_in].
-    Returns: int64 [d_in]; the channels of one block follow each other, the largest first.
-    """
-    ranked = X.abs().amax(0).argsort(descending=True, stable=True).view(block_size, -1)  # [round, block]
-    ranked[1::2] = ranked[1::2].flip(1)
-    return ranked.T.flatten()
-
-
-@dataclass(frozen=True)
-class Transform:
-    """x -> x R1 P R2 ...: rotations [n, B, B], the same for all blocks of x, and n - 1 permutations [n - 1, d_in]."""
-
-    rotations: Tensor
-    permutations: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [..., d_in], activations or the rows of a weight; a new tensor of the same shape and dtype."""
-        shape, size = x.shape, self.rotations.shape[-1]
-        for index, R in enumerate(self.rotations):
-            if index:
-                x = x.reshape(-1, shape[-1]).index_select(1, self.permutations[index - 1].to(x.device))
-            x = x.reshape(-1, size) @ R.to(x)
-        return x.view(shape)
-
-
-def search_transform(X: Tensor, cfg: Config, generator: torch.Generator) -> Transform:
-    """Rotation, permutation, rotation for X [n_tokens, d_in], each found on what the one before leaves.
-
-    Raises: QuantizationError if block_size does not divide d_in.
-    """
-    d_in, size = X.shape[1], cfg.block_size
-    if d_in % size:
-        raise QuantizationError(
-            f"block_size {size} does not divide d_in {d_in}; choose a divisor of both widths"
-        )
-    found, orders = [], []
-    for time in range(cfg.permutation_times + 1):
-        if time:
-            orders.append(zigzag(X, size))
-            X = X[:, orders[-1]]
-        R, _ = search_rotation(X.reshape(-1, size), cfg, generator)
-        found.append(R)
-        X = (X.reshape(-1, size) @ R).view(-1, d_in)
-    return Transform(torch.stack(found), torch.stack(orders) if orders else torch.empty(0, d_in))
 
 
 # --- quantization ---------------------------------------------------------------------------------------------------
@@ -199,6 +106,13 @@ def learn_clipping(block: Block, unrounded: dict[str, Tensor], cfg: Config) -> l
     return learn_ranges(block, clips, lr=cfg.lwc_lr, epochs=cfg.epochs, batch_size=cfg.batch_size)
 
 
+def _weighed(site: Site, cfg: Config) -> list[nn.Linear]:
+    """The readers of a site whose weights its smoothing factors count; q is the first behind a norm, up the last."""
+    if cfg.smoothing_weights == "all":
+        return site.linears
+    return [site.linears[0 if site.name == "attn_norm" else -1]]
+
+
 @torch.no_grad()
 def transform(model: nn.Module, calib: Tensor, cfg: Config, rounding: bool = False) -> nn.Module:
     """A copy with smoothed channels, rotated and permuted inputs, and the inverse of all this in its weights.
@@ -206,11 +120,11 @@ def transform(model: nn.Module, calib: Tensor, cfg: Config, rounding: bool = Fal
     Transforms are searched block by block on a single sequence: the mean over samples of the first block's inputs, sent
     through the blocks as they have become. Without rounding the copy computes the same function.
     """
-    check_choices(cfg, construction=("paper", "released"))
+    check_choices(cfg, construction=("paper", "released"), smoothing_weights=("all", "q_and_up"))
     check_calib(calib)
     model, learned = copy_model(model), rounding and cfg.lwc
     if cfg.alpha is not None:
-        smooth_sites(model, calib, cfg.alpha)
+        smooth_sites(model, calib, cfg.alpha, weighed=partial(_weighed, cfg=cfg))
     generator = torch.Generator().manual_seed(cfg.seed)
     for block in walk_blocks(model, calib, propagate="both" if learned else "quantized"):
         if rounding and cfg.kv_bits is not None:

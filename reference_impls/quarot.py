@@ -2,16 +2,15 @@
 
 Paper     Ashkboos et al., NeurIPS 2024, arXiv:2404.00456v2 (numbers below refer to v2)   Entry  papers/quarot.yaml
 Scope     weights and inputs of nn.Linear in decoder blocks, keys, values; embeddings, lm_head, queries untouched
-Deviates  RMSNorm models keep the mean of their embedding rows (the official code subtracts it, and RMSNorm does
-          not undo that); random signs come before the Hadamard matrix, as in the official code; rotation "none"
-          leaves keys alone too; scales are rounded to float16; Hadamard bases are constructed, so they are other
-          matrices than the code's tables; where a norm follows a sublayer (Gemma 2), the stream rotation behind
-          it is online; groups must divide the MLP width, and the code's 8-bit down_proj flag is not offered
+Deviates  RMSNorm models keep the mean of their embedding rows, unless centre_embeddings asks for what the official code
+          does; random signs come before the Hadamard matrix, as in that code; rotation "none" leaves keys alone too;
+          scales are rounded to float16; Hadamard bases are constructed, so they are other matrices than the code's
+          tables; where a norm follows a sublayer (Gemma 2), the stream rotation behind it is online; groups must
+          divide the MLP width, and the code's 8-bit down_proj flag is not offered
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import _quant, gptq
-from requant.reference_impls._activation import QuantInput, transform_attention
+from requant.reference_impls._activation import transform_attention, transform_inputs
 from requant.reference_impls._anatomy import BlockAnatomy, anatomy, block_anatomies
 from requant.reference_impls._clip_search import grid_of_share, search_grid
 from requant.reference_impls._hadamard import (
@@ -31,6 +30,7 @@ from requant.reference_impls._hadamard import (
 )
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._rotation import (
+    centre_embeddings,
     fuse_norms,
     heads,
     rotate_stream,
@@ -44,7 +44,6 @@ from requant.reference_impls._walk import (
     copy_model,
     decoder_blocks,
     named_linears,
-    replace_module,
     visit_blocks,
 )
 from requant.reference_impls._weights import quantize_blockwise, quantize_linears
@@ -68,6 +67,7 @@ class Config:
     kv_group_size: int | None = 128  # Sec. 5: the head dimension; narrower heads are one group
     rotation: str = "hadamard"  # or "orthogonal" (code --rotate_mode random), or "none" at all
     online: bool = True  # Stages 1b-1d: Hadamards before down_proj, across heads before o_proj, on q and k
+    centre_embeddings: bool = False  # code, in all models, though RMSNorm does not undo it
     seed: int = 0  # of the random signs or the random orthogonal matrix
 
 
@@ -83,16 +83,14 @@ def across_heads(x: Tensor, n_heads: int) -> Tensor:
     return hadamard_transform(x.unflatten(-1, (n_heads, -1)), -2).flatten(-2)
 
 
-def _rotate_block(parts: BlockAnatomy, config, online: bool) -> tuple[Callable, Callable] | None:
-    """Stages 1b and 1c on the weights of one block; returns what o and down must do to their inputs."""
+def _rotate_block(parts: BlockAnatomy, config, online: bool) -> None:
+    """Stages 1b and 1c on one block, in place; online: what o and down read is transformed as well."""
     geometry = heads(parts, config)
     rotate_values(parts, geometry, hadamard_matrix(geometry.head_dim))  # inside heads: v's rows, o's columns
-    if not online:
-        return None
     before_o = partial(across_heads, n_heads=geometry.n_heads)
-    for linear, before in ((parts.o, before_o), (parts.down, hadamard_transform)):
+    for linear, before in ((parts.o, before_o), (parts.down, hadamard_transform)) if online else ():
         linear.weight.copy_(before(linear.weight.double()).to(linear.weight.dtype))
-    return before_o, hadamard_transform
+        transform_inputs(parts.block, [linear], before)
 
 
 def _check_sizes(model: nn.Module, hidden: int, cfg: Config) -> None:
@@ -111,25 +109,25 @@ def _check_sizes(model: nn.Module, hidden: int, cfg: Config) -> None:
 
 @torch.no_grad()
 def rotate(model: nn.Module, cfg: Config) -> nn.Module:
-    """A rotated copy that computes the same logits. Stage 1d, key rotation, comes with the cache (`quantize`).
+    """A rotated copy that computes the same logits, but for centred embeddings.
 
+    Stage 1d, key rotation, comes with the cache (`quantize`).
     Raises: UnsupportedModelError for a structure, or a size, that cannot be rotated.
     """
     _check(cfg)
     model = copy_model(model)
     if cfg.rotation == "none":
         return model
+    if cfg.centre_embeddings:
+        centre_embeddings(model)
     with same_function(model):
         fuse_norms(model)
         hidden = stream_ends(model).head.in_features
         _check_sizes(model, hidden, cfg)
         draw = random_hadamard if cfg.rotation == "hadamard" else random_orthogonal
         rotate_stream(model, draw(hidden, torch.Generator().manual_seed(cfg.seed)))  # Stage 1a
-        names = {id(module): name for name, module in model.named_modules()}
         for parts in map(anatomy, visit_blocks(model)):
-            online = _rotate_block(parts, model.config, cfg.online)
-            for linear, transform in zip((parts.o, parts.down), online or (), strict=False):
-                replace_module(model, names[id(linear)], QuantInput(linear, transform))
+            _rotate_block(parts, model.config, cfg.online)
     return model
 
 
@@ -200,17 +198,8 @@ def quantize_activations(model: nn.Module, cfg: Config) -> None:
     round_tokens = partial(
         quantize_tokens, bits=cfg.a_bits, group_size=cfg.group_size, clip_ratio=cfg.a_clip_ratio
     )
-
-    def rotated_first(first: Callable) -> Callable:
-        return lambda x: round_tokens(first(x))
-
     for block in decoder_blocks(model):
-        rotating = {id(module.linear): module for module in block.modules() if isinstance(module, QuantInput)}
-        for name, linear in named_linears(block).items():
-            if id(linear) in rotating:
-                rotating[id(linear)].transform = rotated_first(rotating[id(linear)].transform)
-            else:
-                replace_module(block, name, QuantInput(linear, round_tokens))
+        transform_inputs(block, named_linears(block).values(), round_tokens)
 
 
 def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:

@@ -5,9 +5,8 @@ Scope     weights and inputs of nn.Linear in decoder blocks; embeddings, lm_head
           cache untouched
 Deviates  outlier features and Hessians come from one calibration set (the paper finds the former on 512 sentences of
           the Pile); outlier columns are rounded to float16 as they are stored, and that error is compensated too;
-          weight scales are rounded to float16; activations and products are float32; the code's asymmetric weights are
-          not offered. At layer level, where no activations are at hand, features are ranked by
-          their second moments in place of their maxima
+          weight scales are rounded to float16; activations and products are float32. At layer level, where no
+          activations are at hand, features are ranked by their second moments in place of their maxima
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from requant.reference_impls import _quant, gptq, smoothquant
 from requant.reference_impls._activation import QuantInput
 from requant.reference_impls._anatomy import anatomy
-from requant.reference_impls._clip_search import search_grid
+from requant.reference_impls._clip_search import grid_of_share, search_grid
 from requant.reference_impls._outliers import (
     column_bits,
     join_columns,
@@ -42,7 +41,9 @@ class Config:
     a_bits: int | None = 4  # Table 4; None = not quantized
     down_proj_bits: int | None = 8  # Table 4, weights and inputs; None = as the rest (OPT, Table 1)
     n_outliers: int = 256  # Tables 7 and 10, features kept in 16 bits
+    symmetric: bool = True  # weights; False is the code's --w_asym. Activations are asymmetric
     relative_outliers: bool = True  # code --fp_relative: down projections get d_in / hidden times as many
+    whole_ratio: bool = False  # code: d_in / hidden cut down to an integer, 512 outliers on 7B, not 688
     outlier_threshold: float = 0.0  # Table 13: none where max|X| is at most this (code: twice, at 8 bits)
     sparse: bool = (
         False  # the 2:4 variant, SparseGPT in the place of GPTQ: two of four base columns a row are 0
@@ -78,10 +79,10 @@ def round_weight(
     order = torch.cat([base_order(peak, cfg), outliers[peak[outliers].argsort(stable=True)]])
     kept = torch.zeros_like(W, dtype=torch.bool)
     kept[:, len(base) :] = True
-    how = gptq.Config(cfg.w_bits, symmetric=True, damp_ratio=cfg.damp_ratio, block_size=cfg.block_size)
-    choose = (
-        search_grid if cfg.clip_search else _quant.absmax_qparams
-    )  # both see the outlier columns as zeros
+    how = gptq.Config(
+        cfg.w_bits, symmetric=cfg.symmetric, damp_ratio=cfg.damp_ratio, block_size=cfg.block_size
+    )
+    choose = search_grid if cfg.clip_search else grid_of_share  # both see the outlier columns as zeros
     if cfg.sparse and (len(base) % _OF or cfg.block_size % _OF):
         raise QuantizationError(
             f"{len(base)} base columns in batches of {cfg.block_size} do not fall into fours; change n_outliers"
@@ -107,38 +108,46 @@ def base_order(peak: Tensor, cfg: Config) -> Tensor:
 def pack_weight(W: Tensor, H: Tensor, cfg: Config) -> dict[str, Tensor]:
     """The tensors stored for one layer: packed codes, one float16 scale a row, float16 outlier columns and indices.
 
+    A zero point a row comes with weights that are not symmetric.
     sparse: two codes of four with their two-bit places, in the order of GPTQ, and this order.
     """
     codes, scale, zero_point, Q = round_weight(W, H, cfg)
     outliers = pack_columns(Q, top_columns(H.diagonal(), cfg.n_outliers))
     if not cfg.sparse:
         return outliers | _quant.pack_affine(
-            codes[:, None], scale[:, None], zero_point[:, None], cfg.w_bits, True
+            codes[:, None], scale[:, None], zero_point[:, None], cfg.w_bits, cfg.symmetric
         )
     order = base_order(H.diagonal(), cfg)
     place = order.argsort().argsort()  # of the codes, which are in the order of columns
     fours = codes[:, place].unflatten(1, (-1, _OF))
     kept = (fours - zero_point[..., None]).abs().argsort(dim=-1, descending=True, stable=True)
     kept = kept[..., :_ZEROS].sort(-1).values
-    return outliers | {
-        "shape": torch.tensor(fours.shape, dtype=torch.int32),
-        "codes": _quant.pack_bits(fours.gather(-1, kept), cfg.w_bits),
-        "places": _quant.pack_bits(kept, 2),
-        "scale": scale.half() if cfg.w_bits <= 8 else scale,
-        "order": order.to(torch.int32),
-    }
+    zero = {} if cfg.symmetric else {"zero_point": _quant.pack_bits(zero_point, cfg.w_bits)}
+    return (
+        outliers
+        | zero
+        | {
+            "shape": torch.tensor(fours.shape, dtype=torch.int32),
+            "codes": _quant.pack_bits(fours.gather(-1, kept), cfg.w_bits),
+            "places": _quant.pack_bits(kept, 2),
+            "scale": scale.half() if cfg.w_bits <= 8 else scale,
+            "order": order.to(torch.int32),
+        }
+    )
 
 
 def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
     """Inverse of `pack_weight`: float32 [d_out, d_in]."""
     if not cfg.sparse:
-        return join_columns(_quant.unpack_affine(packed, cfg.w_bits, True), packed)
+        return join_columns(_quant.unpack_affine(packed, cfg.w_bits, cfg.symmetric), packed)
     d_out, n_fours, _ = packed["shape"].tolist()
-    some, zero = (d_out, n_fours, _ZEROS), 2 ** (cfg.w_bits - 1)
+    some, zero = (d_out, n_fours, _ZEROS), torch.full((d_out, 1), 2 ** (cfg.w_bits - 1))
+    if not cfg.symmetric:
+        zero = _quant.unpack_bits(packed["zero_point"], cfg.w_bits, (d_out, 1))
     codes, places = (
         _quant.unpack_bits(packed[k], b, some) for k, b in (("codes", cfg.w_bits), ("places", 2))
     )
-    fours = torch.full((d_out, n_fours, _OF), zero).scatter(-1, places, codes)
+    fours = zero[..., None].repeat(1, n_fours, _OF).scatter(-1, places, codes)
     base = (fours.flatten(1) - zero) * packed["scale"].float()
     return join_columns(base[:, packed["order"].long().argsort()], packed)
 
@@ -146,9 +155,9 @@ def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
 def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
     """(b (n - k) + 16)/n + k (16 + 32/d_out)/n; a down projection has another b and k (`layer_config`).
 
-    sparse: b/2 + 1 in the place of b, and an int32 for each of the n - k columns.
+    Not symmetric: b/n more. sparse: b/2 + 1 in the place of b, and an int32 for each of the n - k columns.
     """
-    scale_bits = 16 if cfg.w_bits <= 8 else 32
+    scale_bits = (16 if cfg.w_bits <= 8 else 32) + (0 if cfg.symmetric else cfg.w_bits)
     k = min(cfg.n_outliers, d_in)
     base = cfg.w_bits / 2 + 1 + 32 / d_out if cfg.sparse else cfg.w_bits
     return (base * (d_in - k) + scale_bits) / d_in + column_bits(k, d_out, d_in)
@@ -169,7 +178,8 @@ def layer_config(cfg: Config, linear: nn.Linear, is_down: bool, peak: Tensor) ->
     n_outliers, threshold = cfg.n_outliers, cfg.outlier_threshold
     if is_down:
         if cfg.relative_outliers:
-            n_outliers = round(n_outliers * linear.in_features / linear.out_features)
+            times = linear.in_features / linear.out_features
+            n_outliers = round(n_outliers * (int(times) if cfg.whole_ratio else times))
         if cfg.down_proj_bits is not None:
             a_bits = None if cfg.a_bits is None else cfg.down_proj_bits
             cfg, threshold = replace(cfg, w_bits=cfg.down_proj_bits, a_bits=a_bits), 2 * threshold

@@ -3,8 +3,9 @@
 Paper     Saxena et al., ICML 2025, arXiv:2412.14363v2 (numbers below refer to v2)   Entry  papers/resq.yaml
 Scope     weights and inputs of nn.Linear in decoder blocks, keys, values; embeddings, lm_head untouched
 Deviates  one calibration set gives the basis (all samples, at most basis_samples) and GPTQ (the first gptq_samples);
-          trained rotations and a basis a layer are not offered; ranges include zero; weight scales are rounded to
-          float16; where a norm follows a sublayer (Gemma 2), the stream rotation behind it is online
+          ranges include zero; weight scales are rounded to float16; where a norm follows a sublayer (Gemma 2), the
+          stream rotation behind it is online. Rotations are trained with activations and cache rounded, as they will
+          be (the published script rounds nothing, which leaves the loss the same for all rotations), in float32
 """
 
 from __future__ import annotations
@@ -19,21 +20,14 @@ from torch import Tensor, nn
 
 from requant.reference_impls import _quant, gptq
 from requant.reference_impls._activation import bare, transform_inputs
-from requant.reference_impls._anatomy import anatomy, block_anatomies
+from requant.reference_impls._anatomy import block_anatomies
+from requant.reference_impls._bases import Bases, find_bases, fold, trained, turn_keys
+from requant.reference_impls._basis_change import ChangeOfBasis
 from requant.reference_impls._clip_search import search_grid
-from requant.reference_impls._column_parts import Part, pack_parts, unpack_parts
-from requant.reference_impls._hadamard import random_orthogonal
-from requant.reference_impls._moments import collect
+from requant.reference_impls._column_parts import Part, pack_parts, round_parts, round_tokens, unpack_parts
 from requant.reference_impls._quant import QuantizationError, check_choices
-from requant.reference_impls._rotation import (
-    fuse_norms,
-    hadamard_before,
-    heads,
-    rotate_stream,
-    rotate_values,
-    same_function,
-)
-from requant.reference_impls._walk import check_calib, copy_model, named_linears, visit_blocks
+from requant.reference_impls._rotation import centre_embeddings, fuse_norms, heads, same_function
+from requant.reference_impls._walk import check_calib, copy_model, named_linears, require_whole
 from requant.reference_impls._weights import quantize_blockwise
 
 
@@ -56,6 +50,15 @@ class Config:
     gptq_samples: int = 128  # code, --nsamples of ptq.py
     basis_samples: int = 512  # scripts, --nsamples of get_basis.py
     basis_damp_ratio: float = 0.01  # code: of the mean diagonal, added to second moments
+    rotation_granularity: str = "full_shared"  # scripts; a stream basis "per_layer", "one_per_decoder"
+    change_bits: int | None = 8  # code: the stream where it is taken from basis to basis; None = not rounded
+    train_rotations: bool = False  # scripts; True learns those inside the parts, but for the keys'
+    steps: int = 100  # scripts, --max_steps
+    batch_size: int = 1  # scripts: one GPU with a sequence
+    lr: float = 1.5  # scripts, --learning_rate; decays to zero by a cosine
+    momentum: float = 0.9  # code
+    cayley_iterations: int = 5  # code
+    centre_embeddings: bool = False  # code, in all models, though RMSNorm does not undo it
     seed: int = 0  # of the random rotations
 
     def high(self, width: int) -> int:
@@ -70,54 +73,44 @@ class Config:
 
 def _check(cfg: Config) -> None:
     check_choices(cfg, rounding=("gptq", "rtn"), subspace=("principal", "channels"))
+    check_choices(cfg, rotation_granularity=("full_shared", "one_per_decoder", "per_layer"))
     if not 0 <= cfg.high_fraction < 1:
         raise QuantizationError(f"high_fraction is {cfg.high_fraction}; choose a share in [0, 1)")
+    if cfg.train_rotations and cfg.rotation_granularity != "full_shared":  # an assertion in the code
+        raise QuantizationError('rotations are trained with rotation_granularity "full_shared" alone')
 
 
-# --- basis (Sec. 4) -------------------------------------------------------------------------------------------------
-
-
-def mixing(width: int, cfg: Config, generator: torch.Generator) -> Tensor:
-    """blockdiag(R_low, R_high) [width, width], random orthogonal or, without mixing, the identity; float64."""
-    if not cfg.mix:
-        return torch.eye(width, dtype=torch.float64)
-    return torch.block_diag(*(random_orthogonal(n, generator) for n, _ in cfg.widths(width, cfg.w_bits)))
-
-
-def find_basis(model: nn.Module, calib: Tensor, cfg: Config) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The rotations of a model with fused norms: axes by variance, times a random rotation inside each part.
-
-    Returns: U_A R1 [hidden, hidden]; for each block U_B R2 [n_kv_heads, head_dim, head_dim]; for each block U_C R2
-    [head_dim, head_dim].
-    """
-    stream, values, keys = collect(model, calib[: cfg.basis_samples])
-    generator = torch.Generator().manual_seed(cfg.seed)
-    R1, R2 = (mixing(len(moments.sizes), cfg, generator) for moments in (stream, keys[0]))
-    return (
-        stream.axes(cfg) @ R1,
-        [each.axes(cfg) @ R2 for each in values],
-        [each.axes(cfg) @ R2 for each in keys],
-    )
+# --- rotation (Sec. 4) ----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def rotate(model: nn.Module, calib: Tensor, cfg: Config) -> nn.Module:
     """A copy that computes the same logits with its stream, values, keys and MLP activations rotated (Sec. 4).
 
+    With centred embeddings they are others.
     Raises: UnsupportedModelError for a structure, or an MLP width, that cannot be rotated.
     """
     _check(cfg)
     check_calib(calib)
     model = copy_model(model)
+    if cfg.centre_embeddings:
+        centre_embeddings(model)
     with same_function(model):
         fuse_norms(model)
-        stream, values, keys = find_basis(model, calib, cfg)
-        rotate_stream(model, stream)
-        for parts, U_B, U_C in zip(map(anatomy, visit_blocks(model)), values, keys, strict=True):
-            rotate_values(parts, heads(parts, model.config), U_B)
-            hadamard_before(parts.block, parts.down)
-            parts.attn.requant_transform = partial(_attend, U=U_C, cfg=replace(cfg, kv_bits=None))
+        fold(model, bases_of(model, calib, cfg))
     return model
+
+
+def bases_of(model: nn.Module, calib: Tensor, cfg: Config) -> Bases:
+    """Bases of a model with fused norms; with cfg.train_rotations those with a smaller loss of the rounded network."""
+    bases = find_bases(model, calib, cfg)
+    if not cfg.train_rotations:
+        return bases
+    require_whole(model, "resq with train_rotations")
+    rounded = copy_model(model).float()
+    fold(rounded, bases)
+    quantize_flow(rounded, cfg)  # but not the weights
+    return trained(rounded, bases, calib.to(model.device), cfg)
 
 
 # --- quantizers -----------------------------------------------------------------------------------------------------
@@ -126,27 +119,24 @@ def rotate(model: nn.Module, calib: Tensor, cfg: Config) -> nn.Module:
 def quantize_parts(x: Tensor, bits: int, cfg: Config, width: int | None = None) -> Tensor:
     """Asymmetric rounding of each `width` numbers (default: all) of x [..., d], the low and the high part apart."""
     groups = x if width is None else x.unflatten(-1, (-1, width))
-    widths = cfg.widths(groups.shape[-1], bits)
-    parts = groups.split([n for n, _ in widths], -1)
-    rounded = [_quant.clipped_fake_quant(part, b) for part, (_, b) in zip(parts, widths, strict=True)]
-    return torch.cat(rounded, -1).view(x.shape)
+    return round_parts(groups, cfg.widths(groups.shape[-1], bits)).view(x.shape)
 
 
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, U: Tensor, cfg: Config
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys times U after rotary embedding, and a rounded cache; all per token and head."""
-    U = U.to(key)
-    if cfg.kv_bits is None:
-        return query @ U, key @ U, value
     if cfg.qk_bits is not None:
-        query, key = (_quant.clipped_fake_quant(x, cfg.qk_bits) for x in (query, key))
-        U = _quant.absmax_fake_quant(U, cfg.qk_bits, per_tensor=True)
-    return query @ U, quantize_parts(key @ U, cfg.kv_bits, cfg), quantize_parts(value, cfg.kv_bits, cfg)
+        query, key = (round_tokens(x, cfg.qk_bits) for x in (query, key))
+        U = _quant.absmax_fake_quant(U.to(key), cfg.qk_bits, per_tensor=True)
+    query, key, value = turn_keys(query, key, value, U)
+    return query, quantize_parts(key, cfg.kv_bits, cfg), quantize_parts(value, cfg.kv_bits, cfg)
 
 
-def _quantize_flow(model: nn.Module, cfg: Config) -> None:
-    """Round cache and linear inputs of a rotated model when it runs, in place."""
+def quantize_flow(model: nn.Module, cfg: Config) -> None:
+    """Round cache, linear inputs and what changes its basis when a rotated model runs, in place."""
+    for change in (module for module in model.modules() if isinstance(module, ChangeOfBasis)):
+        change.bits = None if cfg.a_bits is None else cfg.change_bits
     for parts in map(bare, block_anatomies(model)):
         if cfg.kv_bits is not None:
             U = parts.attn.requant_transform.keywords["U"]
@@ -155,7 +145,7 @@ def _quantize_flow(model: nn.Module, cfg: Config) -> None:
             continue
         plain = partial(quantize_parts, bits=cfg.a_bits, cfg=cfg)
         by_head = partial(plain, width=heads(parts, model.config).head_dim)
-        uniform = partial(_quant.clipped_fake_quant, bits=cfg.a_bits)
+        uniform = partial(round_tokens, bits=cfg.a_bits)
         stages = ((parts.qkv, plain), ([parts.o], by_head), (parts.ups, plain), ([parts.down], uniform))
         for linears, rounding in stages:
             transform_inputs(parts.block, linears, rounding)
@@ -229,7 +219,7 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
     rotated = quantize_blockwise(
         rotated, samples, _by_role(rotated, cfg), true_sequential=True, stacked=False
     )
-    _quantize_flow(rotated, cfg)
+    quantize_flow(rotated, cfg)
     return rotated
 
 
@@ -244,5 +234,8 @@ def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
 
 
 def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
-    """The mean width and a float16 scale a row for each part; folded rotations store nothing."""
+    """The mean width and a float16 scale a row for each part; folded rotations store nothing.
+
+    Products between bases, hidden^2 numbers for each block or sublayer, belong to no layer and are left out.
+    """
     return sum(bits * n + 16 for n, bits in cfg.widths(d_in, cfg.w_bits)) / d_in

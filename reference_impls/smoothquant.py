@@ -151,17 +151,15 @@ def smooth(model: nn.Module, calib: Calib, alpha: float) -> nn.Module:
     for parts in map(anatomy, visit_blocks(model)):
         for norm, linears in parts.norm_groups:
             if getattr(norm, "weight", None) is None:
-                raise UnsupportedModelError(
-                    f"{type(norm).__name__} has no gain that could absorb the factors"
-                )
+                raise UnsupportedModelError(f"{type(norm).__name__} has no gain to absorb the factors")
             s = smoothing_factors(peaks[linears[0]], [linear.weight for linear in linears], alpha)
             fold_channel_scale(norm, linears, s)
     return model
 
 
-def _site_factors(site: Site, peak: Tensor, alpha: float) -> Tensor:
+def _site_factors(site: Site, linears: list[nn.Linear], peak: Tensor, alpha: float) -> Tensor:
     """`smoothing_factors` of each channel written [channels], over all heads that read it (grouped queries)."""
-    weights = [linear.weight for linear in site.linears]
+    weights = [linear.weight for linear in linears]
     if site.repeat > 1:
         split = (-1, site.repeat, site.head_dim)
         peak = peak.view(split).amax(1).flatten()
@@ -171,17 +169,22 @@ def _site_factors(site: Site, peak: Tensor, alpha: float) -> Tensor:
 
 @torch.no_grad()
 def smooth_sites(
-    model: nn.Module, calib: Tensor, alpha: float, wanted: Callable[[Site], bool] = lambda site: True
+    model: nn.Module,
+    calib: Tensor,
+    alpha: float,
+    wanted: Callable[[Site], bool] = lambda site: True,
+    weighed: Callable[[Site], list[nn.Linear]] = lambda site: site.linears,
 ) -> None:
     """Fold Eq. 4's factors in at the sites of `_equivalence` that are wanted, not at norms alone (ours); in place.
 
+    `weighed` gives the readers of a site whose weights count in its factors.
     Raises: UnsupportedModelError where a norm's output is not used by linears alone.
     """
     require_pre_norm(model)
     peaks = channel_peaks(model, calib)
     for parts in map(anatomy, visit_blocks(model)):
         places = [site for site in sites(parts, model.config) if wanted(site)]
-        factors = [_site_factors(site, peaks[site.linears[0]], alpha) for site in places]
+        factors = [_site_factors(site, weighed(site), peaks[site.linears[0]], alpha) for site in places]
         for site, s in zip(places, factors, strict=True):
             site.fold(s)
 

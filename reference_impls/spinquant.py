@@ -4,22 +4,20 @@ Paper     Liu et al., ICLR 2025, arXiv:2405.16406v4 (numbers below refer to v4) 
 Scope     weights and inputs of nn.Linear in decoder blocks, keys, values; embeddings, lm_head, queries untouched
 Deviates  calibration samples serve both stages, in order and again from the start where steps * batch_size exceeds
           them (official: 800 blocks for the rotations, 128 crops for GPTQ); float32 instead of bfloat16; ranges include
-          zero; weight scales are rounded to float16; RMSNorm models keep the mean of their embedding rows; matrices are
-          orthonormalized before merging; where a norm follows a sublayer (Gemma 2), the stream rotation behind it is
-          online; the ExecuTorch export (8-bit embeddings and head) is not offered
+          zero; weight scales are rounded to float16; RMSNorm models keep the mean of their embedding rows, unless
+          centre_embeddings asks for what the code does; matrices are orthonormalized before merging; where a norm
+          follows a sublayer (Gemma 2), the stream rotation behind it is online; the ExecuTorch export (8-bit
+          embeddings and head) is not offered
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from requant.reference_impls import _quant, quarot
 from requant.reference_impls._activation import bare, transform_attention, transform_inputs
@@ -30,10 +28,11 @@ from requant.reference_impls._hadamard import (
     random_hadamard,
     random_orthogonal,
 )
-from requant.reference_impls._learn import descend, in_order, next_token_loss, straight_through
-from requant.reference_impls._places import places
+from requant.reference_impls._learn import straight_through
+from requant.reference_impls._places import RotatedNetwork, learn
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._rotation import (
+    centre_embeddings,
     fuse_norms,
     hadamard_before,
     heads,
@@ -42,7 +41,6 @@ from requant.reference_impls._rotation import (
     same_function,
     stream_ends,
 )
-from requant.reference_impls._stiefel import CayleySGD, orthonormalized
 from requant.reference_impls._walk import (
     UnsupportedModelError,
     check_calib,
@@ -77,6 +75,7 @@ class Config:
     lr: float = 1.5  # scripts, --learning_rate; decays to zero by a cosine
     cayley_iterations: int = 5  # code
     learn_w_bits: int | None = None  # README: 16-bit weights while learning if GPTQ follows; None = 16
+    centre_embeddings: bool = False  # code, in all models, though RMSNorm does not undo it
     seed: int = 0  # of the initial rotations
 
 
@@ -113,8 +112,10 @@ def initial_rotations(model: nn.Module, cfg: Config) -> Rotations:
 
 @torch.no_grad()
 def rotate(model: nn.Module, rotations: Rotations, cfg: Config) -> nn.Module:
-    """A copy with R1, R2 and R4 that computes the same logits; R3 comes with the cache."""
+    """A copy with R1, R2 and R4 that computes the same logits, but for centred embeddings; R3 comes with the cache."""
     model = copy_model(model)
+    if cfg.centre_embeddings:
+        centre_embeddings(model)
     with same_function(model):
         fuse_norms(model)
         rotate_stream(model, rotations.R1)
@@ -159,27 +160,15 @@ def quantize_flow(model: nn.Module, cfg: Config) -> None:
 # --- learning (Sec. 3.2) --------------------------------------------------------------------------------------------
 
 
-class Learner:
-    """The quantized network as a function of its rotations."""
-
-    def __init__(self, model: nn.Module, cfg: Config):
-        initial = initial_rotations(model, cfg)
-        self.model = rotate(model, initial_rotations(model, replace(cfg, init="identity")), cfg).float()
-        quantize_flow(self.model, cfg)
-        how = None if cfg.learn_w_bits is None else replace(cfg, w_bits=cfg.learn_w_bits, rounding="rtn")
-        rounding = None if how is None else lambda W: quantize_weight(W, None, how)
-        self.places = [(place, rounding if is_weight else None) for place, is_weight in places(self.model)]
-        self.R1 = nn.Parameter(initial.R1.float())
-        self.R2 = [nn.Parameter(R.float()) for R in initial.R2]
-
-    def logits(self, tokens: Tensor) -> Tensor:
-        """[n, seqlen, vocabulary] for tokens [n, seqlen]."""
-        weights = {place.name: place.rotated(self.R1, self.R2, how) for place, how in self.places}
-        return torch.func.functional_call(self.model, weights, (tokens,), {"use_cache": False}).logits
-
-    def loss(self, tokens: Tensor) -> Tensor:
-        """Mean next-token cross entropy in nats (Eq. 2)."""
-        return next_token_loss(self.logits(tokens), tokens)
+def learnable(model: nn.Module, cfg: Config) -> tuple[RotatedNetwork, list[nn.Parameter]]:
+    """The quantized network as a function of its rotations, and these: R1, then every R2."""
+    initial = initial_rotations(model, cfg)
+    R1, *R2 = matrices = [nn.Parameter(R.float().to(model.device)) for R in (initial.R1, *initial.R2)]
+    unrotated = rotate(model, initial_rotations(model, replace(cfg, init="identity")), cfg).float()
+    quantize_flow(unrotated, cfg)
+    how = None if cfg.learn_w_bits is None else replace(cfg, w_bits=cfg.learn_w_bits, rounding="rtn")
+    rounding = None if how is None else lambda W: quantize_weight(W, None, how)
+    return RotatedNetwork(unrotated, lambda: (R1, R2), rounding), matrices
 
 
 def learn_rotations(
@@ -194,15 +183,8 @@ def learn_rotations(
     if not cfg.steps:
         return initial_rotations(model, cfg)
     require_whole(model, "spinquant with steps")
-    learner = Learner(model, cfg)
-    learned, generator = [learner.R1, *learner.R2], torch.Generator().manual_seed(cfg.seed)
-    optimizer = CayleySGD(learned, cfg.lr, cfg.cayley_iterations, generator=generator)
-    schedule = LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / cfg.steps)))
-    epochs = cfg.steps * cfg.batch_size // len(calib) + 1
-    batches = islice(in_order(len(calib), cfg.batch_size, epochs), cfg.steps)
-    project = None if watch is None else partial(watch, learned)
-    descend(lambda batch: learner.loss(calib[batch]), optimizer, batches, schedule=schedule, project=project)
-    R1, *R2 = (orthonormalized(R.detach()) for R in learned)
+    network, matrices = learnable(model, cfg)
+    R1, *R2 = learn(network, matrices, calib, cfg, watch=watch)
     return Rotations(R1, R2)
 
 

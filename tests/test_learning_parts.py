@@ -12,10 +12,13 @@ from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, OPTConf
 
 from requant.reference_impls import _learn, _outliers, _quant, gptq
 from requant.reference_impls._anatomy import block_anatomies
+from requant.reference_impls._basis_change import ChangeOfBasis, rotate_sublayers
 from requant.reference_impls._equivalence import sites
-from requant.reference_impls._hadamard import hadamard_transform
+from requant.reference_impls._hadamard import hadamard_transform, random_orthogonal
 from requant.reference_impls._quant import QuantizationError, storage_bits
-from requant.reference_impls._walk import activations_in, copy_model, walk_blocks
+from requant.reference_impls._rotation import fuse_norms
+from requant.reference_impls._stiefel import CayleySGD
+from requant.reference_impls._walk import UnsupportedModelError, activations_in, copy_model, walk_blocks
 
 SIZES = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
          "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": None}  # fmt: skip
@@ -44,6 +47,43 @@ def test_scales_and_shifts_leave_the_logits_alone(family: str) -> None:
                 shift = torch.randn(n, generator=generator) if site.shifts else None
                 site.fold(0.5 + torch.rand(n, generator=generator), shift)
         assert (model(TOKENS).logits - before).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_sublayers_with_bases_of_their_own_leave_the_logits_alone(family: str) -> None:
+    """But for the rounding of what changes its basis, where that is asked for."""
+    model, generator = made(family), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        before = model(TOKENS).logits
+        fuse_norms(model)
+        rotate_sublayers(model, [random_orthogonal(64, generator) for _ in range(5)])
+        assert (model(TOKENS).logits - before).abs().max() < 1e-5
+        changes = [module for module in model.modules() if isinstance(module, ChangeOfBasis)]
+        assert len(changes) == 4
+        for change in changes:
+            change.bits = 4
+        assert (copy_model(model)(TOKENS).logits - before).abs().max() > 1e-2
+
+
+def test_one_norm_for_both_sublayers_has_no_place_for_two_bases() -> None:
+    model = made("phi")
+    fuse_norms(model)
+    with pytest.raises(UnsupportedModelError, match="PhiDecoderLayer"):
+        rotate_sublayers(model, [torch.eye(64)] * 5)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_descent_on_the_manifold_finds_the_nearest_rotation(momentum: float) -> None:
+    """Least squares: from the identity to a rotation by small angles, always orthogonal."""
+    A = 0.1 * torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    target, R = torch.matrix_exp(A - A.T), torch.nn.Parameter(torch.eye(16))
+    optimizer = CayleySGD([R], lr=0.1, momentum=momentum, generator=torch.Generator().manual_seed(0))
+    for _ in range(60):
+        optimizer.zero_grad()
+        (R - target).square().sum().backward()
+        optimizer.step()
+    assert (R - target).abs().max() < 0.02
+    assert (R @ R.T - torch.eye(16)).abs().max() < 1e-4
 
 
 def test_a_shift_where_none_passes_is_refused() -> None:

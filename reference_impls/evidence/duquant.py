@@ -13,21 +13,19 @@ import torch
 from torch import Tensor
 
 from requant.reference_impls import _quant
+from requant.reference_impls._anatomy import block_anatomies
+from requant.reference_impls._dual_transform import base_rotation, search_rotation, search_transform, zigzag
 from requant.reference_impls._hadamard import random_orthogonal
 from requant.reference_impls._learn import output_error
 from requant.reference_impls._walk import Block, copy_model, walk_blocks
 from requant.reference_impls.duquant import (
     Config,
-    base_rotation,
     learn_clipping,
     quantize_weight,
-    search_rotation,
-    search_transform,
     transform,
     transform_block,
-    zigzag,
 )
-from requant.reference_impls.smoothquant import smooth_sites
+from requant.reference_impls.smoothquant import channel_peaks, smooth_sites
 
 _LAYER = ("model.layers.1.mlp.down_proj", "reference-outlier", 512)  # 4 of 768 channels have outliers
 
@@ -39,6 +37,23 @@ def transforms_keep_logits(ctx) -> float:
     with torch.no_grad():
         plain, logits = model(tokens).logits, changed(tokens).logits
     return float((logits - plain).abs().max() / plain.abs().max())
+
+
+@torch.no_grad()
+def smoothing_of_q_and_up(ctx) -> float:
+    """Largest relative error of norm gains smoothed as in the code (formula with q or up alone), and of logits."""
+    cfg = Config(smoothing_weights="q_and_up", max_rotation_step=0, permutation_times=0)
+    model, tokens = ctx.reference("reference-outlier"), ctx.test_windows(2)
+    peaks, smoothed = channel_peaks(model, ctx.calib(4)), transform(model, ctx.calib(4), cfg)
+    logits = model(tokens).logits
+    worst = float((smoothed(tokens).logits - logits).abs().max() / logits.abs().max())
+    for before, after in zip(block_anatomies(model), block_anatomies(smoothed), strict=True):
+        for name, linear in (("attn_norm", before.q), ("mlp_norm", before.up)):
+            weight_peak = linear.weight.abs().amax(0)
+            s = (peaks[linear] ** cfg.alpha / weight_peak ** (1 - cfg.alpha)).clamp(min=1e-5)
+            gain, expected = getattr(after, name).weight, getattr(before, name).weight / s
+            worst = max(worst, float((gain / expected - 1).abs().max()))
+    return worst
 
 
 def rotations_are_orthogonal(ctx) -> float:

@@ -17,6 +17,7 @@ from requant.reference_impls.quik import (
     Config,
     base_order,
     bits_per_weight,
+    layer_config,
     pack_weight,
     quantize_weight,
     round_inputs,
@@ -30,8 +31,12 @@ _OF = 4  # neighbours, of which two are 0
 
 def integer_path_is_fake_quant(ctx) -> float:
     """Relative difference of the kernel's sum (int32 product, correction, 16-bit part) and the fake-quantized one."""
+    return max(_integer_path_error(ctx, Config(n_outliers=16, symmetric=each)) for each in (True, False))
+
+
+def _integer_path_error(ctx, cfg: Config) -> float:
     W, H, X = ctx.layer(_LAYER, n_tokens=512)
-    cfg, half = Config(n_outliers=16), 2**3
+    half = 2**3
     codes, s_w, zero_point, Q = round_weight(W, H, cfg)
     outliers = top_columns(H.diagonal(), cfg.n_outliers)
     base = other_columns(outliers, W.shape[1])
@@ -119,13 +124,45 @@ def two_of_four_are_zero(ctx) -> float:
     return float(worst)
 
 
-def sparse_layer_is_stored(ctx) -> float:
-    """Largest difference of a 2:4 layer from what is unpacked, and of its stored bits a weight from those stated."""
+def _storing_error(ctx, cfg: Config) -> float:
+    """Largest difference of a layer from what is unpacked, and of its stored bits a weight from those stated."""
     W, H, _ = ctx.layer(_LAYER)
-    cfg = Config(n_outliers=16, sparse=True, clip_search=False)
     packed = pack_weight(W, H, cfg)
     wrong = float((unpack_weight(packed, cfg) - quantize_weight(W, H, cfg)).abs().max())
     return wrong + abs(_quant.storage_bits(packed) / W.numel() - bits_per_weight(*W.shape, cfg))
+
+
+def sparse_layer_is_stored(ctx) -> float:
+    """What storing a 2:4 layer gets wrong, weights and bits together."""
+    return _storing_error(ctx, Config(n_outliers=16, sparse=True, clip_search=False))
+
+
+def asymmetric_layer_is_stored(ctx) -> float:
+    """What storing weights with a zero point a row gets wrong, weights and bits together, dense and 2:4."""
+    cfg = Config(n_outliers=16, symmetric=False, clip_search=False)
+    return max(_storing_error(ctx, replace(cfg, sparse=sparse)) for sparse in (False, True))
+
+
+def asymmetric_range_is_min_to_max(ctx) -> float:
+    """Largest relative difference of a row's scale from (max - min) / 15 over its base columns and 0."""
+    W, H, _ = ctx.layer(_LAYER)
+    scale = round_weight(W, H, Config(n_outliers=16, symmetric=False, clip_search=False))[1]
+    base = W[:, other_columns(top_columns(H.diagonal(), 16), W.shape[1])]
+    low, high = (end.unsqueeze(-1) for end in torch.aminmax(base, dim=-1))
+    expected = (high.clamp(min=0) - low.clamp(max=0)) / 15
+    return float((scale / expected - 1).abs().max())
+
+
+def outliers_of_down_projections(ctx) -> float:
+    """Largest difference from the stated numbers of outliers of Llama-2's down projections, by paper and by code."""
+    stated = {(4096, 11008): (688, 512), (5120, 13824): (691, 512), (8192, 28672): (896, 768)}
+    peak, worst = torch.ones(1), 0
+    for (hidden, width), numbers in stated.items():
+        down = torch.nn.Linear(width, hidden, device="meta")
+        for whole, number in zip((False, True), numbers, strict=True):
+            found = layer_config(Config(whole_ratio=whole), down, True, peak).n_outliers
+            worst = max(worst, abs(found - number))
+    return float(worst)
 
 
 def sparse_errors(ctx) -> list[dict]:

@@ -5,11 +5,13 @@ Entry     papers/spinquant.yaml
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, OPTConfig
 
 from requant.reference_impls._hadamard import random_orthogonal
 from requant.reference_impls._learn import next_token_loss
@@ -17,10 +19,10 @@ from requant.reference_impls._stiefel import CayleySGD, skew_direction
 from requant.reference_impls._weights import quantize_linears
 from requant.reference_impls.spinquant import (
     Config,
-    Learner,
     Rotations,
     initial_rotations,
     learn_rotations,
+    learnable,
     quantize_flow,
     quantize_weight,
     rotate,
@@ -33,8 +35,37 @@ def rotation_keeps_logits(ctx) -> float:
     cfg = Config(a_bits=None, kv_bits=None, init="orthogonal")
     with torch.no_grad():
         plain, merged = model(tokens).logits, rotate(model, initial_rotations(model, cfg), cfg)(tokens).logits
-        learned = Learner(model, cfg).logits(tokens)
+        learned = learnable(model, cfg)[0].logits(tokens)
     return max(float((logits - plain).abs().max()) for logits in (merged, learned))
+
+
+@torch.no_grad()
+def _centred(model: nn.Module, tokens: Tensor) -> Iterator[Tensor]:
+    """Logits of a rotated model with embeddings as they are, then with centred ones; nothing is rounded."""
+    for each in (False, True):
+        cfg = Config(init="orthogonal", online=False, centre_embeddings=each)
+        yield rotate(model, initial_rotations(model, cfg), cfg)(tokens).logits
+
+
+def centring_is_free_for_layer_norm(ctx) -> float:
+    """Largest change of a logit by centred embeddings, in a random OPT whose embeddings have means far from 0."""
+    config = OPTConfig(
+        vocab_size=128, hidden_size=64, ffn_dim=128, word_embed_proj_dim=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(ctx.seed)
+        model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    model.get_input_embeddings().weight += torch.linspace(-1, 1, 128)[:, None]
+    kept, centred = _centred(model, torch.arange(32).view(2, 16))
+    return float((kept - centred).abs().max())
+
+
+def centring_costs_little(ctx) -> float:
+    """Change of the loss of reference on 8 test windows, in nats, by centred embeddings; nothing is rounded."""
+    tokens = ctx.test_windows(8)
+    kept, centred = (next_token_loss(logits, tokens) for logits in _centred(ctx.reference(), tokens))
+    return abs(float(kept - centred))
 
 
 _learned: dict[int, tuple] = {}  # seed -> what `_learning` returns
@@ -79,9 +110,9 @@ def flat_without_quantization(ctx) -> float:
     """Size of the loss's gradient along the manifold with nothing rounded, as a share of that of the 4-bit network."""
     model, tokens, sizes = ctx.reference(), ctx.calib(1), []
     for cfg in (Config(a_bits=None, kv_bits=None), Config()):
-        learner = Learner(model, cfg)
-        learner.loss(tokens).backward()
-        sizes.append(sum(float(skew_direction(R.detach(), R.grad).norm()) for R in (learner.R1, *learner.R2)))
+        network, matrices = learnable(model, cfg)
+        network.loss(tokens).backward()
+        sizes.append(sum(float(skew_direction(R.detach(), R.grad).norm()) for R in matrices))
     return sizes[0] / sizes[1]
 
 
