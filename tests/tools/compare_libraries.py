@@ -111,8 +111,8 @@ LIBRARIES = (
         Pair("quarot", "W4A4 rounded to nearest, nothing online",
              {"first": "spinquant", "rotations": ["R1", "R2"], "w_bits": 4, "a_bits": 4, "symmetric": True},
              {"w_bits": 4, "a_bits": 4, "kv_bits": None, "rounding": "rtn", "clip_search": False, "a_clip_ratio": 1.0,
-              "online": False},
-             "reference-outlier", ("2^b levels", "Hadamard without signs", "centred embedding")),
+              "online": False, "centre_embeddings": True},
+             "reference-outlier", ("2^b levels", "Hadamard without signs")),
     ), numerics=("float32 scales",)),
     Library("gptqmodel", "gptqmodel", library_runs.gptqmodel, tuple(
         Pair("gptq", f"{_name(w)}, true sequential", {**w, "desc_act": False, "act_group_aware": False},

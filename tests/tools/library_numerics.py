@@ -50,18 +50,6 @@ def _channel_ranges(model: nn.Module, calib: Tensor) -> dict[nn.Linear, Tensor]:
     return {linear: high - low for linear, (low, high) in ends.items()}
 
 
-def _centred(rotate: Callable) -> Callable:
-    """`quarot.rotate` of a model whose embedding rows lost their means: not the same function where norms keep them."""
-
-    @torch.no_grad()
-    def centre_first(model: nn.Module, cfg: quarot.Config) -> nn.Module:
-        rows = model.get_input_embeddings().weight
-        rows -= rows.mean(-1, keepdim=True)
-        return rotate(model, cfg)
-
-    return centre_first
-
-
 NUMERICS: dict[str, tuple[tuple[object, str, Callable], ...]] = {
     "float32 scales": ((_quant, "stored_scale", lambda scale, bits: scale),),
     "2^b levels": (
@@ -74,7 +62,6 @@ NUMERICS: dict[str, tuple[tuple[object, str, Callable], ...]] = {
     "Hadamard without signs": (
         (quarot, "random_hadamard", lambda n, generator: _hadamard.hadamard_matrix(n)),
     ),
-    "centred embedding": ((quarot, "rotate", _centred(quarot.rotate)),),
 }
 
 
