@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from requant.reference_impls._anatomy import BlockAnatomy, gain_offset, scale_norm
+from requant.reference_impls._anatomy import BlockAnatomy, anatomy, gain_offset, scale_norm
 from requant.reference_impls._quant import QuantizationError
 from requant.reference_impls._rotation import heads
 from requant.reference_impls._walk import Block, replace_module
@@ -269,6 +269,19 @@ def sites(parts: BlockAnatomy, config) -> list[Site]:
     found.insert(1, replace(value, head_dim=geometry.head_dim, repeat=repeat))
     found.append(up_site(parts))
     return found
+
+
+@torch.no_grad()
+def add_missing_biases(block: nn.Module, config) -> list[str]:
+    """Zero biases where a shift needs one, in norms and linears of a block that has none; in place, for `fold_into`.
+
+    Returns: the names of the sites (of `sites`) that can learn a shift now and could not before.
+    """
+    bare = [site for site in sites(anatomy(block), config) if site.shifts and not site.can_learn_shift]
+    for site in bare:
+        zeros = torch.zeros_like(site.written(site.linears[0].weight[0]))
+        site.fold(zeros + 1, zeros)
+    return [site.name for site in bare]
 
 
 def channel_ranges(block: Block, site: Site) -> tuple[Tensor, Tensor]:
