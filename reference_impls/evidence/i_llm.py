@@ -27,6 +27,7 @@ from requant.reference_impls._integer_operators import (
     rotary_tables,
 )
 from requant.reference_impls._learn import next_token_loss
+from requant.reference_impls._logits import change_of_logits
 from requant.reference_impls._walk import copy_model, walk_blocks
 from requant.reference_impls.evidence.omniquant import small_opt
 from requant.reference_impls.i_llm import Config, quantize, settle, weight_codes
@@ -52,11 +53,10 @@ def _any_factors(ctx, model: nn.Module, cfg: Config = Config()) -> Iterator[Smoo
 
 @torch.no_grad()
 def _change_of_logits(ctx, model: nn.Module, cfg: Config) -> float:
-    tokens = ctx.test_windows(2)
-    plain = model(tokens).logits
-    for fsbr in _any_factors(ctx, model, cfg):
+    changed = copy_model(model)
+    for fsbr in _any_factors(ctx, changed, cfg):
         fsbr.smoothed().write()
-    return float((model(tokens).logits - plain).abs().max() / plain.abs().max())
+    return change_of_logits(model, changed, ctx.test_windows(2))
 
 
 def smoothing_keeps_the_function(ctx) -> float:
