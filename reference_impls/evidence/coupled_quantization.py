@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from requant.reference_impls._anatomy import block_anatomies
-from requant.reference_impls._coded_cache import Coder, CoupledCache, use_windowed_attention
+from requant.reference_impls._coded_cache import CoupledCache, use_windowed_attention
+from requant.reference_impls._coder import Coder
 from requant.reference_impls._kmeans import relative_fall, weighted_kmeans
 from requant.reference_impls._logits import change_of_logits
 from requant.reference_impls.coupled_quantization import (
