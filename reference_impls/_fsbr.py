@@ -11,10 +11,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from requant.reference_impls import _learn
 from requant.reference_impls._activation import QuantInput, SmoothedSiLU, one_each
 from requant.reference_impls._anatomy import anatomy
 from requant.reference_impls._equivalence import Folded, channel_ranges, query_key, sites
+from requant.reference_impls._learn import descend, floored
+from requant.reference_impls._straight_through import ClippingStrengths, affine_ste, token_ste
 from requant.reference_impls._walk import Block, replace_module
 from requant.reference_impls.smoothquant import smoothing_factors
 
@@ -55,14 +56,14 @@ class Smoothing(nn.Module):
             if name in used and site.can_learn_shift:
                 self.shifts[name] = nn.Parameter(site.written(channel_ranges(block, site)[1]).clone())
         self.strengths = nn.ModuleDict(
-            {name: _learn.ClippingStrengths(linear.weight) for name, linear in self.linears.items()}
+            {name: ClippingStrengths(linear.weight) for name, linear in self.linears.items()}
         )
         self.push_away()
         self._wrap(quantizers)
 
     def _wrap(self, quantizers: bool) -> None:
         cfg, root, attn = self.cfg, self.block[0].module, self.parts.attn
-        inner = partial(_learn.token_ste, bits=cfg.nonlinear_bits) if quantizers else nn.Identity()
+        inner = partial(token_ste, bits=cfg.nonlinear_bits) if quantizers else nn.Identity()
         if self.parts.gated:
             self.act_fn = (SmoothedSiLU(self.parts.down.in_features, inner),)
             self.parts.mlp.act_fn = self.act_fn[0]
@@ -71,16 +72,16 @@ class Smoothing(nn.Module):
         names = {id(module): name for name, module in root.named_modules()}
         for role, linear in self.linears.items():
             after = inner if role == "up" and self.parts.gated else None
-            before = partial(_learn.token_ste, bits=cfg.a_bits)
+            before = partial(token_ste, bits=cfg.a_bits)
             replace_module(root, names[id(linear)], QuantInput(linear, before, after))
         widths = (cfg.a_bits, cfg.kv_bits, cfg.kv_bits)
-        attn.requant_transform = one_each(*(partial(_learn.token_ste, bits=bits) for bits in widths))
+        attn.requant_transform = one_each(*(partial(token_ste, bits=bits) for bits in widths))
 
     @torch.no_grad()
     def push_away(self) -> None:
         """Keep every factor at least 0.01 from 0 (code)."""
         for s in self.factors.values():
-            _learn.floored(s, _SMALLEST)
+            floored(s, _SMALLEST)
 
     def smoothed(self) -> Folded:
         """The block's parameters with factors and shifts folded in: the same function, differentiable in them."""
@@ -100,7 +101,7 @@ class Smoothing(nn.Module):
         now = self.smoothed()
         for role, linear in self.linears.items():
             W = now[linear.weight]
-            now[linear.weight] = _learn.affine_ste(
+            now[linear.weight] = affine_ste(
                 W, *self.strengths[role].grid(W, self.cfg.w_bits), self.cfg.w_bits
             )
         return now.tensors
@@ -119,7 +120,7 @@ class Smoothing(nn.Module):
 
         for _ in range(cfg.n_epochs):
             batches = torch.randperm(len(X), generator=generator).split(cfg.batch_size)
-            losses = _learn.descend(loss, optimizer, batches, project=self.push_away)
+            losses = descend(loss, optimizer, batches, project=self.push_away)
             mean = sum(losses) / len(losses)
             if mean < best:
                 best, state = mean, {key: value.clone() for key, value in self.state_dict().items()}

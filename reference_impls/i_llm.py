@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from requant.reference_impls import _learn, _quant
+from requant.reference_impls import _quant
 from requant.reference_impls._activation import transform_attention
 from requant.reference_impls._anatomy import block_anatomies
 from requant.reference_impls._dyadic import Dyadic, constant
@@ -29,6 +29,7 @@ from requant.reference_impls._integer_block import IntegerBlock, require_integer
 from requant.reference_impls._integer_operators import ChannelGrids, DIMatMul, DINorm
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._rotation import heads
+from requant.reference_impls._straight_through import ClippingStrengths
 from requant.reference_impls._walk import Block, check_calib, copy_model, decoder_blocks, walk_blocks
 from requant.reference_impls.smoothquant import channel_peaks
 
@@ -129,7 +130,7 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
 @torch.no_grad()
 def weight_codes(W: Tensor, cfg: Config, strengths: nn.Module | None = None) -> Dyadic:
     """W [d_out, d_in] on a dyadic grid a row; without strengths clipping is where it starts."""
-    scale, zero_point = (strengths or _learn.ClippingStrengths(W)).grid(W, cfg.w_bits)
+    scale, zero_point = (strengths or ClippingStrengths(W)).grid(W, cfg.w_bits)
     m, k = constant(scale)
     step = torch.ldexp(m.float(), -k.float())
     codes = ((W / step).round() + zero_point).clamp(0, 2**cfg.w_bits - 1)

@@ -28,7 +28,6 @@ from requant.reference_impls._hadamard import (
     random_hadamard,
     random_orthogonal,
 )
-from requant.reference_impls._learn import straight_through
 from requant.reference_impls._places import RotatedNetwork, learn
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._rotation import (
@@ -41,6 +40,7 @@ from requant.reference_impls._rotation import (
     same_function,
     stream_ends,
 )
+from requant.reference_impls._straight_through import straight_through
 from requant.reference_impls._walk import (
     UnsupportedModelError,
     check_calib,
