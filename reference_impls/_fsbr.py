@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from requant.reference_impls._activation import QuantInput, SmoothedSiLU, one_each
 from requant.reference_impls._anatomy import anatomy
-from requant.reference_impls._equivalence import Folded, channel_ranges, query_key, sites
+from requant.reference_impls._equivalence import channel_ranges, sites
+from requant.reference_impls._folded import Folded, query_key
 from requant.reference_impls._learn import descend, floored
 from requant.reference_impls._straight_through import ClippingStrengths, affine_ste, token_ste
 from requant.reference_impls._walk import Block, replace_module

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import omniquant
-from requant.reference_impls._equivalence import Folded, Site, add_missing_biases
+from requant.reference_impls._equivalence import Site, add_missing_biases
+from requant.reference_impls._folded import Folded
 from requant.reference_impls._learn import floored
 from requant.reference_impls._rotation import Rotation
 from requant.reference_impls._walk import Block, replace_module

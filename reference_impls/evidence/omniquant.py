@@ -13,7 +13,8 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from requant.reference_impls import _quant
 from requant.reference_impls._anatomy import anatomy
-from requant.reference_impls._equivalence import Folded, query_key, sites
+from requant.reference_impls._equivalence import sites
+from requant.reference_impls._folded import Folded, query_key
 from requant.reference_impls._hessian import proxy_loss
 from requant.reference_impls._learn import output_error
 from requant.reference_impls._logits import change_of_logits
