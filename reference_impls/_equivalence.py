@@ -14,10 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from requant.reference_impls._anatomy import BlockAnatomy, anatomy, scale_norm
+from requant.reference_impls._anatomy import BlockAnatomy, anatomy, heads, scale_norm
 from requant.reference_impls._folded import Folded
 from requant.reference_impls._quant import QuantizationError
-from requant.reference_impls._rotation import heads
 from requant.reference_impls._walk import Block, replace_module
 
 

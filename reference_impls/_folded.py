@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from requant.reference_impls._anatomy import BlockAnatomy, gain_offset
-from requant.reference_impls._rotation import heads
+from requant.reference_impls._anatomy import BlockAnatomy, gain_offset, heads
 
 
 class Folded:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import _dyadic
-from requant.reference_impls._anatomy import block_anatomies, require_pre_norm
+from requant.reference_impls._anatomy import Heads, block_anatomies, require_pre_norm
 from requant.reference_impls._dyadic import Dyadic, align, constant, requantize
 from requant.reference_impls._integer_operators import (
     DIMatMul,
@@ -26,7 +26,6 @@ from requant.reference_impls._integer_operators import (
     rotate,
 )
 from requant.reference_impls._quant import QuantizationError
-from requant.reference_impls._rotation import Heads
 from requant.reference_impls._walk import UnsupportedModelError, decoder_blocks
 
 _BLOCKS = {
