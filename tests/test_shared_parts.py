@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from families import FAMILIES, SIZES, made
@@ -12,7 +14,9 @@ from transformers import AutoModelForCausalLM, BloomConfig, OPTConfig
 
 from requant.reference_impls import _quant
 from requant.reference_impls._activation import transform_attention
-from requant.reference_impls._anatomy import block_anatomies, fold_channel_scale, require_pre_norm
+from requant.reference_impls._anatomy import anatomy, block_anatomies, fold_channel_scale, require_pre_norm
+from requant.reference_impls._equivalence import add_missing_biases, sites
+from requant.reference_impls._folded import Folded
 from requant.reference_impls._hessian import damped, gram, inverse_cholesky
 from requant.reference_impls._quant import QuantizationError
 from requant.reference_impls._walk import (
@@ -104,6 +108,25 @@ def test_channel_scales_fold_without_changing_the_function(family: torch.nn.Modu
         for norm, linears in parts.norm_groups:
             fold_channel_scale(norm, linears, torch.rand(linears[0].in_features, generator=generator) + 0.5)
     assert torch.allclose(family(TOKENS).logits, before, atol=1e-5)
+
+
+@torch.no_grad()
+def test_missing_biases_change_nothing_and_take_shifts(family: torch.nn.Module) -> None:
+    """Afterwards a shift goes through every norm and every value, in families with and without biases of their own."""
+    model, generator = copy.deepcopy(family), torch.Generator().manual_seed(3)
+    before = family(TOKENS).logits
+    for block in decoder_blocks(model):
+        bare = add_missing_biases(block, model.config)
+        assert add_missing_biases(block, model.config) == []
+        assert torch.allclose(model(TOKENS).logits, before, atol=1e-5), bare
+        now = Folded(block)
+        for site in sites(anatomy(block), model.config):
+            assert site.can_learn_shift == site.shifts
+            if site.shifts:
+                d = torch.randn(site.written(site.linears[0].weight[0]).shape, generator=generator)
+                site.fold_into(now, torch.ones_like(d), d)
+        now.write()
+    assert torch.allclose(model(TOKENS).logits, before, atol=1e-4)
 
 
 @torch.no_grad()
