@@ -74,7 +74,10 @@ def di_norm(x: Dyadic, gain: tuple[Tensor, Tensor], eps: tuple[Tensor, Tensor]) 
     """x / rms(x) * gain (Algorithm 4): a bitwise square root, and one division an entry."""
     c = x.centered.long()
     mean = divide(c.square().sum(-1, keepdim=True), c.shape[-1])
-    mean = mean + divide(shift(eps[0], (eps[1] - 2 * x.k).clamp(min=-50)), x.m * x.m)  # in squared units of x
+    down = eps[1] - 2 * x.k  # eps in squared units of x, in two shifts, as one alone might overflow
+    mean = mean + shift(
+        divide(shift(eps[0], down.clamp(min=-50)), x.m * x.m), (down + 50).clamp(min=-16, max=0)
+    )
     fine = ((58 - _dyadic.ilog2(mean.clamp(min=1))) // 2).clamp(0, 20)
     root = _dyadic.isqrt(mean << 2 * fine).clamp(min=1)
     y, k = align(divide(c << (fine + 14), root), *(t[None] for t in gain), -1)
@@ -107,11 +110,11 @@ class ChannelGrids:
         return cls((-low / torch.ldexp(m.float(), -k.float())).round().long(), m, k, bits)
 
     def round(self, x: Dyadic) -> Dyadic:
-        """x [..., hidden] on these grids, which saturate, with one scale a token again (exactly, see `align`)."""
+        """x [..., hidden] on these grids, which saturate; as integers of 22 bits with one scale a token."""
         codes = divide(shift(x.centered * x.m, x.k - self.k), self.m) + self.zero_point
         centered = codes.clamp(0, 2**self.bits - 1) - self.zero_point
         y, k = align(centered, self.m, self.k, -1)
-        y, m, k = _dyadic.narrow(y, torch.ones_like(x.m), k)
+        y, m, k = _dyadic.narrow(y, torch.ones_like(x.m), k, bits=22)  # so that a sum of squares fits
         return Dyadic(y, torch.zeros_like(k), m, k)
 
 
