@@ -8,7 +8,7 @@ Deviates  the affine grid is code * scale + offset with a float offset, as KIVI'
   AffineCodes    words [batch, kv_heads, seqlen, head_dim * bits / 32]: the codes of one token and head, little end
                  first; scale and offset are shared by token_group tokens x channel_group channels
   CoupledCodes   words [batch, seqlen, ...]: the codes of one token, all heads, groups in the order of the channels, as
-                 one stream (`bitstream`); `reference_impls._coded_cache` stores the same bytes
+                 one stream (`bitstream`); `reference_impls._coder` gives the same bytes
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def quantize_affine(x: Tensor, bits: int, token_group: int, channel_group: int) 
 
 
 def pack_coupled(codes: Tensor, centroids: Tensor, kv_heads: int) -> CoupledCodes:
-    """Store integer codes [batch, seqlen, n_groups], as a `_coded_cache.Coder` gives them."""
+    """Store integer codes [batch, seqlen, n_groups], as a `_coder.Coder` gives them."""
     check(centroids.ndim == 3, f"centroids must be [n_groups, 2^b, c], not {tuple(centroids.shape)}")
     width = centroids.shape[1].bit_length() - 1
     return CoupledCodes(pack_stream(codes[..., None], (width,)), centroids, kv_heads)

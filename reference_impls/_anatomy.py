@@ -147,3 +147,32 @@ def fold_channel_scale(norm: nn.Module, linears: list[nn.Linear], s: Tensor) -> 
     scale_norm(norm, 1.0 / s)
     for linear in linears:
         linear.weight *= s
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Head geometry of one attention module; value_rows [n_kv_heads * head_dim] are v's rows in `value`."""
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    value: nn.Linear
+    value_rows: Tensor
+
+
+def heads(parts: BlockAnatomy, config) -> Heads:
+    """Geometry of separate, concatenated (qkv_proj) or per-head (query_key_value) projections."""
+    config = config.get_text_config()
+    size = getattr(parts.attn, "head_dim", None) or getattr(parts.attn, "head_size", None)
+    size = size or config.hidden_size // config.num_attention_heads
+    n_heads, value = parts.o.in_features // size, parts.v if parts.fused_qkv is None else parts.fused_qkv
+    rows = torch.arange(value.out_features)
+    if parts.fused_qkv is not None and hasattr(parts.attn, "query_key_value"):
+        if value.out_features != 3 * n_heads * size:
+            raise UnsupportedModelError(
+                f"{type(parts.attn).__name__} shares key and value heads inside one projection"
+            )
+        rows = rows.view(n_heads, 3, size)[:, 2].flatten()
+    elif parts.fused_qkv is not None:
+        rows = rows[(value.out_features + n_heads * size) // 2 :]
+    return Heads(n_heads, len(rows) // size, size, value, rows)

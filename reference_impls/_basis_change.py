@@ -16,7 +16,8 @@ from requant.reference_impls._activation import transform_output
 from requant.reference_impls._anatomy import anatomy
 from requant.reference_impls._quant import clipped_fake_quant
 from requant.reference_impls._residence import visit
-from requant.reference_impls._rotation import post_norms, stream_ends, turn_reader, turn_writer
+from requant.reference_impls._rotation import post_norms, turn_reader, turn_writer
+from requant.reference_impls._stream_ends import stream_ends
 from requant.reference_impls._walk import UnsupportedModelError, replace_module, visit_blocks
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from requant.reference_impls._anatomy import BlockAnatomy
-from requant.reference_impls._rotation import heads
+from requant.reference_impls._anatomy import BlockAnatomy, heads
 from requant.reference_impls._walk import replace_module
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import _quant
-from requant.reference_impls._learn import ClippingStrengths, affine_ste, reconstruct
+from requant.reference_impls._learn import reconstruct
+from requant.reference_impls._straight_through import ClippingStrengths, affine_ste
 from requant.reference_impls._walk import Block, named_linears
 
 

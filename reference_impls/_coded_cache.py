@@ -1,4 +1,4 @@
-"""Coded keys and values inside a transformers model: coder, interception at the cache, window, and a cache of codes.
+"""Coded keys and values inside a transformers model: interception at the cache, window, and a cache of codes.
 
 An attention module hands its new keys and values to `past_key_values.update(...)` and attends to what comes back. That
 call is where everything here happens, whatever projections, norms and rotary embeddings come before it in a family.
@@ -7,68 +7,22 @@ call is where everything here happens, whatever projections, norms and rotary em
 from __future__ import annotations
 
 import inspect
-import math
 import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from requant.reference_impls import _quant
 from requant.reference_impls._anatomy import block_anatomies
+from requant.reference_impls._coder import Coder
 from requant.reference_impls._walk import UnsupportedModelError
 
 Tables = tuple[Tensor, Tensor]  # cos, sin [batch or 1, seqlen, rotary_dim]
-ELEMENTS = 2**25  # distances held at once
-
-
-def distances(points: Tensor, centroids: Tensor) -> Tensor:
-    """|x - c|^2 - |x|^2: points [n_groups, c, n], centroids [n_groups, k, c] -> [n_groups, k, n]."""
-    return torch.baddbmm(centroids.square().sum(-1, keepdim=True), centroids, points, alpha=-2)
-
-
-class Coder(nn.Module):
-    """Codes of one layer's keys or values: in each group of c channels the nearest centroid in L2.
-
-    centroids: float16 buffer [n_groups, 2^b, c]; groups run through the first kv head, then the next.
-    """
-
-    def __init__(self, centroids: Tensor):
-        super().__init__()
-        self.register_buffer("centroids", centroids)
-
-    @property
-    def code_bits(self) -> int:
-        """b, the width of a code."""
-        return self.centroids.shape[1].bit_length() - 1
-
-    def encode(self, x: Tensor) -> Tensor:
-        """[batch, kv_heads, seqlen, head_dim] -> int64 codes [batch, seqlen, n_groups]."""
-        n_groups, size, c = self.centroids.shape
-        centroids = self.centroids.to(torch.promote_types(x.dtype, torch.float32))
-        points = x.to(centroids.dtype).transpose(1, 2).reshape(-1, n_groups, c).permute(1, 2, 0)
-        index, codes = torch.arange(size, device=x.device, dtype=centroids.dtype)[:, None], []
-        for some in points.split(max(1, ELEMENTS // (n_groups * size)), dim=-1):
-            distance = distances(some.contiguous(), centroids)  # [n_groups, 2^b, n]
-            nearest = distance.amin(1, keepdim=True)
-            codes.append(distance.le_(nearest).mul_(index).amax(1))  # several times as fast as argmin on CPU
-        return torch.cat(codes, dim=-1).T.long().unflatten(0, (x.shape[0], x.shape[2]))
-
-    def decode(self, codes: Tensor, head_dim: int) -> Tensor:
-        """Codes [batch, seqlen, n_groups] -> float16 [batch, kv_heads, seqlen, head_dim]."""
-        index = codes.flatten(0, 1).T[:, None].expand(-1, self.centroids.shape[-1], -1)  # [n_groups, c, n]
-        values = self.centroids.transpose(1, 2).gather(2, index).permute(2, 0, 1)  # [n, n_groups, c]
-        return values.reshape(*codes.shape[:2], -1, head_dim).transpose(1, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Decoded codes of x [batch, kv_heads, seqlen, head_dim], same shape and dtype."""
-        return self.decode(self.encode(x), x.shape[-1]).to(x.dtype)
 
 
 # --- interception ---------------------------------------------------------------------------------------------
@@ -234,13 +188,13 @@ class CoupledLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = (self.coded.rotate(key_states, tables, back=True), value_states)
-        packed = tuple(_pack(coder, x) for coder, x in zip(self.coders, new, strict=True))
+        packed = tuple(coder.pack(x) for coder, x in zip(self.coders, new, strict=True))
         packed = _joined((self.keys, self.values), packed, dim=2) if self.keys.numel() else packed
         self.keys, self.values = packed
         if tables is not None:
             self.tables = tables if self.tables is None else _joined(self.tables, tables, dim=1)
         key, value = (
-            _unpack(coder, x, like.shape[-1]).to(self.dtype)
+            coder.unpack(x, like.shape[-1]).to(self.dtype)
             for coder, x, like in zip(self.coders, packed, new, strict=True)
         )
         coded = self.coded.rotate(key, self.tables), value
@@ -285,22 +239,3 @@ class CoupledCache(Cache):
 
 def _joined(first: tuple[Tensor, ...], second: tuple[Tensor, ...], dim: int) -> tuple[Tensor, ...]:
     return tuple(torch.cat(pair, dim=dim) for pair in zip(first, second, strict=True))
-
-
-def _padding(coder: Coder) -> int:
-    """Codes to add to a token's so that they fill whole bytes; none for any published setting."""
-    return -coder.centroids.shape[0] % (8 // math.gcd(8, coder.code_bits))
-
-
-def _pack(coder: Coder, x: Tensor) -> Tensor:
-    """Codes of x [batch, kv_heads, seqlen, head_dim], whole bytes a token: uint8 [batch, 1, seqlen, bytes]."""
-    codes = functional.pad(coder.encode(x), (0, _padding(coder)))
-    return _quant.pack_bits(codes, coder.code_bits).view(*codes.shape[:2], -1)[:, None]
-
-
-def _unpack(coder: Coder, packed: Tensor, head_dim: int) -> Tensor:
-    """Inverse of `_pack`, decoded: float16 [batch, kv_heads, seqlen, head_dim]."""
-    batch, _, seqlen, _ = packed.shape
-    n_groups = coder.centroids.shape[0]
-    codes = _quant.unpack_bits(packed.flatten(), coder.code_bits, (batch, seqlen, n_groups + _padding(coder)))
-    return coder.decode(codes[..., :n_groups], head_dim)

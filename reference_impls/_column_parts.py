@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from requant.reference_impls import _quant
-from requant.reference_impls._learn import straight_through
+from requant.reference_impls._straight_through import straight_through
 
 _PREFIXES = ("", "high_")  # of the names the tensors of a part are stored under
 

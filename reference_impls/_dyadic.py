@@ -131,7 +131,7 @@ def add(a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]) -> t
     return total, torch.ones_like(k), k
 
 
-def narrow(x: Tensor, m: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same numbers with integers of at most 25 bits in each last-dimension slice: x, m, k."""
-    n = (ilog2(x.abs().amax(-1, keepdim=True).clamp(min=1)) - 24).clamp(min=0)
+def narrow(x: Tensor, m: Tensor, k: Tensor, bits: int = 25) -> tuple[Tensor, Tensor, Tensor]:
+    """The same numbers with integers of at most so many bits in each last-dimension slice: x, m, k."""
+    n = (ilog2(x.abs().amax(-1, keepdim=True).clamp(min=1)) - bits + 1).clamp(min=0)
     return shift(x, n), m, k - n

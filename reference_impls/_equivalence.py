@@ -7,16 +7,16 @@ SmoothQuant and AWQ scale, Outlier Suppression+ and OmniQuant scale and shift, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from requant.reference_impls._anatomy import BlockAnatomy, gain_offset, scale_norm
+from requant.reference_impls._anatomy import BlockAnatomy, anatomy, heads, scale_norm
+from requant.reference_impls._folded import Folded
 from requant.reference_impls._quant import QuantizationError
-from requant.reference_impls._rotation import heads
 from requant.reference_impls._walk import Block, replace_module
 
 
@@ -46,89 +46,6 @@ class ScaledInput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x / self.s)
-
-
-class Folded:
-    """What a module's parameters become under transforms, by dotted name; differentiable, nothing changes in place.
-
-    Index it with a parameter or buffer of the module. `tensors` is what `Block.forward` takes in their places.
-    """
-
-    def __init__(self, root: nn.Module):
-        self.root = root
-        self.names = {id(t): name for name, t in (*root.named_parameters(), *root.named_buffers())}
-        self.tensors: dict[str, Tensor] = {}
-
-    def __getitem__(self, tensor: Tensor) -> Tensor:
-        return self.tensors.get(self.names[id(tensor)], tensor)
-
-    def __setitem__(self, tensor: Tensor, value: Tensor) -> None:
-        self.tensors[self.names[id(tensor)]] = value
-
-    def scale_norm(self, norm: nn.Module, s: Tensor, d: Tensor | None = None) -> None:
-        """Make the norm give (X - d) / s; s, d [hidden]."""
-        offset, bias = gain_offset(norm), getattr(norm, "bias", None)
-        self[norm.weight] = (self[norm.weight] + offset) / s - offset
-        if bias is not None:
-            self[bias] = (self[bias] if d is None else self[bias] - d) / s
-
-    def scale_rows(self, linear: nn.Linear, rows: Tensor, s: Tensor, d: Tensor | None = None) -> None:
-        """Make these output rows of a linear give (X - d) / s; s, d as long as rows."""
-        divisor = torch.ones_like(self[linear.weight][:, 0]).index_copy(0, rows, s)
-        self[linear.weight] = self[linear.weight] / divisor[:, None]
-        if linear.bias is not None:
-            moved = self[linear.bias] if d is None else self[linear.bias].index_add(0, rows, -d)
-            self[linear.bias] = moved / divisor
-
-    @torch.no_grad()
-    def write(self) -> None:
-        """Put all tensors into the module itself, in place."""
-        own = {**dict(self.root.named_parameters()), **dict(self.root.named_buffers())}
-        for name, tensor in self.tensors.items():
-            own[name].copy_(tensor)
-
-
-@dataclass(frozen=True)
-class QueryKey:
-    """The scale between queries and keys, s [rows of k]: q / s and k * s leave every attention score as it was.
-
-    Under rotary embedding only if both channels of a rotated pair share their s; `tie` makes them.
-    """
-
-    q: nn.Linear
-    k: nn.Linear
-    head_dim: int
-    repeat: int
-    rotary_dim: int
-
-    def tie(self, s: Tensor) -> Tensor:
-        """s with the mean of each rotated pair (j, j + rotary_dim / 2) in both of its places."""
-        by_head, half = s.view(-1, self.head_dim), self.rotary_dim // 2
-        if not half:
-            return s
-        mean = (by_head[:, :half] + by_head[:, half : 2 * half]) / 2
-        return torch.cat([mean, mean, by_head[:, 2 * half :]], 1).flatten()
-
-    def fold_into(self, now: Folded, s: Tensor) -> None:
-        """Scale both projections in `now`; gradients flow to s."""
-        read = s.view(-1, 1, self.head_dim).expand(-1, self.repeat, -1).flatten()
-        now.scale_rows(self.q, torch.arange(self.q.out_features), read)
-        now.scale_rows(self.k, torch.arange(self.k.out_features), 1 / s)
-
-
-def query_key(parts: BlockAnatomy, config, kwargs: Mapping[str, object]) -> QueryKey | None:
-    """The q-k pair of a block; None where they are one linear or a norm stands behind them (Qwen 3).
-
-    Args:
-        kwargs: what the model passes to the block; cos and sin among it tell of rotary embedding, and its width.
-    """
-    weighted = [module for module in parts.attn.children() if getattr(module, "weight", None) is not None]
-    if parts.q is None or any(not isinstance(getattr(m, "linear", m), nn.Linear) for m in weighted):
-        return None
-    geometry, rotary = heads(parts, config), kwargs.get("position_embeddings")
-    rotary_dim = 0 if rotary is None else rotary[0].shape[-1]
-    repeat = geometry.n_heads // geometry.n_kv_heads
-    return QueryKey(parts.q, parts.k, geometry.head_dim, repeat, rotary_dim)
 
 
 @dataclass(frozen=True)
@@ -269,6 +186,19 @@ def sites(parts: BlockAnatomy, config) -> list[Site]:
     found.insert(1, replace(value, head_dim=geometry.head_dim, repeat=repeat))
     found.append(up_site(parts))
     return found
+
+
+@torch.no_grad()
+def add_missing_biases(block: nn.Module, config) -> list[str]:
+    """Zero biases where a shift needs one, in norms and linears of a block that has none; in place, for `fold_into`.
+
+    Returns: the names of the sites (of `sites`) that can learn a shift now and could not before.
+    """
+    bare = [site for site in sites(anatomy(block), config) if site.shifts and not site.can_learn_shift]
+    for site in bare:
+        zeros = torch.zeros_like(site.written(site.linears[0].weight[0]))
+        site.fold(zeros + 1, zeros)
+    return [site.name for site in bare]
 
 
 def channel_ranges(block: Block, site: Site) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from requant.reference_impls import _quant, awq, gptq, omniquant
 from requant.reference_impls._clipping import ClippedWeight, learn_ranges
-from requant.reference_impls._learn import ClippingStrengths
 from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._straight_through import ClippingStrengths
 from requant.reference_impls._walk import Block, named_linears
 
 BASES = ("rtn", "gptq", "awq", "omniquant")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from requant.reference_impls._coded_cache import distances
+from requant.reference_impls._coder import distances
 
 _CONVERGED = 1e-3  # stop where the objective falls by less, relative, averaged over groups
 

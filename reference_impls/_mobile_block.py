@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls._anatomy import anatomy, gain_offset
-from requant.reference_impls._equivalence import Folded, query_key, sites
-from requant.reference_impls._learn import ClippingStrengths, floored
+from requant.reference_impls._equivalence import sites
+from requant.reference_impls._folded import Folded, query_key
+from requant.reference_impls._learn import floored
 from requant.reference_impls._static_ranges import StaticRange
+from requant.reference_impls._straight_through import ClippingStrengths
 from requant.reference_impls._walk import Block, named_linears
 
 

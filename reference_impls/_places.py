@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from requant.reference_impls._activation import bare
-from requant.reference_impls._anatomy import block_anatomies
-from requant.reference_impls._learn import descend, in_order, next_token_loss, straight_through
-from requant.reference_impls._rotation import Heads, Rotation, heads, stream_ends
+from requant.reference_impls._anatomy import Heads, block_anatomies, heads
+from requant.reference_impls._learn import descend, in_order, next_token_loss
+from requant.reference_impls._rotation import Rotation
 from requant.reference_impls._stiefel import CayleySGD, orthonormalized
+from requant.reference_impls._straight_through import straight_through
+from requant.reference_impls._stream_ends import stream_ends
 
 
 @dataclass(frozen=True)

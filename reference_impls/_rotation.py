@@ -10,33 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from requant.reference_impls._activation import transform_inputs
-from requant.reference_impls._anatomy import BlockAnatomy, anatomy, gain_offset, require_pre_norm
+from requant.reference_impls._anatomy import BlockAnatomy, Heads, anatomy, gain_offset, require_pre_norm
 from requant.reference_impls._hadamard import hadamard_transform, has_hadamard
 from requant.reference_impls._residence import visit
-from requant.reference_impls._walk import UnsupportedModelError, decoder_blocks, replace_module, visit_blocks
+from requant.reference_impls._stream_ends import stream_ends, untie_head
+from requant.reference_impls._walk import UnsupportedModelError, replace_module, visit_blocks
 
-_FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")
 _POST_NORMS = (
     "post_attention_layernorm",
     "post_feedforward_layernorm",
     "post_self_attn_layernorm",
     "post_mlp_layernorm",
 )
-
-
-@dataclass(frozen=True)
-class Ends:
-    """What meets the residual stream outside the blocks."""
-
-    embeddings: list[nn.Embedding]
-    final_norm: nn.Module
-    head: nn.Linear
 
 
 class Rotation(nn.Module):
@@ -48,38 +38,6 @@ class Rotation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.Q
-
-
-def stream_ends(model: nn.Module) -> Ends:
-    """Embeddings, final norm and head.
-
-    Raises: UnsupportedModelError where the stream has other ends than these.
-    """
-    blocks = decoder_blocks(model)
-    stack = next(module for module in model.modules() if any(child is blocks for child in module.children()))
-    children = dict(stack.named_children())
-    final_norm = next((children[name] for name in _FINAL_NORMS if name in children), None)
-    head = model.get_output_embeddings()
-    if final_norm is None or not isinstance(head, nn.Linear):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} lacks a final norm or a linear head; its stream cannot be rotated"
-        )
-    embeddings = [child for child in children.values() if isinstance(child, nn.Embedding)]
-    if len({embedding.embedding_dim for embedding in embeddings} | {head.in_features}) != 1:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} projects between embeddings and blocks (OPT-350M does)"
-        )
-    return Ends(embeddings, final_norm, head)
-
-
-def untie_head(model: nn.Module) -> None:
-    """Give lm_head a weight of its own where it shares the embedding's: after fusion they differ."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and head.weight is embedding.weight:
-        with visit(head):
-            head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-        model.config.get_text_config().tie_word_embeddings = False
-        model.config.tie_word_embeddings = False
 
 
 def post_norms(parts: BlockAnatomy) -> dict[str, nn.Module]:
@@ -220,35 +178,6 @@ def rotate_stream(model: nn.Module, Q: Tensor) -> None:
             replace_module(parts.block, name, nn.Sequential(norm, online))
         for linear in () if behind else (parts.o, parts.down):
             turn_writer(linear, Q)
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Head geometry of one attention module; value_rows [n_kv_heads * head_dim] are v's rows in `value`."""
-
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    value: nn.Linear
-    value_rows: Tensor
-
-
-def heads(parts: BlockAnatomy, config) -> Heads:
-    """Geometry of separate, concatenated (qkv_proj) or per-head (query_key_value) projections."""
-    config = config.get_text_config()
-    size = getattr(parts.attn, "head_dim", None) or getattr(parts.attn, "head_size", None)
-    size = size or config.hidden_size // config.num_attention_heads
-    n_heads, value = parts.o.in_features // size, parts.v if parts.fused_qkv is None else parts.fused_qkv
-    rows = torch.arange(value.out_features)
-    if parts.fused_qkv is not None and hasattr(parts.attn, "query_key_value"):
-        if value.out_features != 3 * n_heads * size:
-            raise UnsupportedModelError(
-                f"{type(parts.attn).__name__} shares key and value heads inside one projection"
-            )
-        rows = rows.view(n_heads, 3, size)[:, 2].flatten()
-    elif parts.fused_qkv is not None:
-        rows = rows[(value.out_features + n_heads * size) // 2 :]
-    return Heads(n_heads, len(rows) // size, size, value, rows)
 
 
 @torch.no_grad()

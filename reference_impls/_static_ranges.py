@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from requant.reference_impls._activation import QuantInput, one_each, transform_attention
 from requant.reference_impls._anatomy import block_anatomies
-from requant.reference_impls._learn import affine_ste
+from requant.reference_impls._straight_through import affine_ste
 from requant.reference_impls._walk import named_linears, replace_module
 
 

@@ -5,8 +5,8 @@ Scope     weights of nn.Linear in decoder blocks; with a_bits their inputs and, 
           norms, biases, softmax outputs and lm_head untouched
 Deviates  as OmniQuant here (see its module): float32, ranges that contain zero, float16 scales, initial scales from the
           magnitudes of all readers (the code: from signed maxima of q_proj and up_proj); shifts only where norm and
-          linears have biases (the code adds biases to LLaMA and learns them from zero); with grouped queries a group
-          shares its matrix; no query-key matrix where the projection is fused or a norm follows it, nor under rotary
+          linears have biases unless add_biases is set, which is the code; with grouped queries a group shares its
+          matrix; no query-key matrix where the projection is fused or a norm follows it, nor under rotary
           embedding unless rotary_query_key is set, which is the code and no equivalence
 """
 
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import omniquant
-from requant.reference_impls._equivalence import Folded, Site
+from requant.reference_impls._equivalence import Site, add_missing_biases
+from requant.reference_impls._folded import Folded
 from requant.reference_impls._learn import floored
 from requant.reference_impls._rotation import Rotation
 from requant.reference_impls._walk import Block, replace_module
@@ -38,6 +39,7 @@ class Config:
     norm_matrix: bool = False  # code, --use_ln_matrix: full matrices behind norms, for weight-only runs
     head_matrix: bool = True  # code, --use_matrix: a matrix a head for q and k; off in weight-only runs
     rotary_query_key: bool = False  # code: True, transforms q and k before rotary embedding
+    add_biases: bool = False  # code: True, LLaMA's norms and linears get biases, whose shifts start at zero
     gradual: bool = True  # Sec. 3.3, Eq. 6: the mask opens epoch by epoch
     stability: float = 0.1  # scripts, --sf, W4A4 and OPT; 1e-2 for LLaMA weight-only (Sec. 3.3: alpha)
     lwc: bool = True  # code, --lwc: OmniQuant's clipping
@@ -70,7 +72,10 @@ class AffineLearner(omniquant.BlockLearner):
     weight_only_shifts = True
 
     def __init__(self, model: nn.Module, block: Block, cfg: Config):
+        bare = add_missing_biases(block.module, model.config) if cfg.let and cfg.add_biases else []
         super().__init__(model, block, cfg)
+        for name in bare:
+            self.shifts[name].data.zero_()
         self.inverses: dict[str, Rotation] = {}
         names = {id(module): name for name, module in block.module.named_modules()}
         for site in self.sites:
@@ -170,9 +175,12 @@ def quantize_weight(W: Tensor, H: Tensor | None, cfg: Config) -> Tensor:
 
 
 def pack_weight(W: Tensor, H: Tensor | None, cfg: Config) -> dict[str, Tensor]:
-    """Codes, scales, zero points; with norm_matrix also the float16 inverse (here of the identity) that must run."""
+    """Codes, scales, zero points; float16 as well: with norm_matrix the inverse (here of the identity) that must run,
+    with add_biases the bias (here zero).
+    """
     packed = omniquant.pack_weight(W, H, cfg)
-    return packed | ({"inverse": torch.eye(W.shape[1]).half()} if cfg.norm_matrix else {})
+    inverse = {"inverse": torch.eye(W.shape[1]).half()} if cfg.norm_matrix else {}
+    return packed | inverse | ({"bias": torch.zeros(len(W)).half()} if cfg.let and cfg.add_biases else {})
 
 
 def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
@@ -181,5 +189,9 @@ def unpack_weight(packed: dict[str, Tensor], cfg: Config) -> Tensor:
 
 
 def bits_per_weight(d_out: int, d_in: int, cfg: Config) -> float:
-    """b + (16 + b)/g, and with norm_matrix 16 d_in / d_out, where d_out counts the rows of all readers of the norm."""
-    return omniquant.bits_per_weight(d_out, d_in, cfg) + (16 * d_in / d_out if cfg.norm_matrix else 0)
+    """b + (16 + b)/g, with norm_matrix 16 d_in / d_out, where d_out counts the rows of all readers of the norm, and
+    with add_biases 16 / d_in.
+    """
+    inverse = 16 * d_in / d_out if cfg.norm_matrix else 0
+    bias = 16 / d_in if cfg.let and cfg.add_biases else 0
+    return omniquant.bits_per_weight(d_out, d_in, cfg) + inverse + bias

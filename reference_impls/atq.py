@@ -24,6 +24,7 @@ from requant.reference_impls._activation import QuantInput
 from requant.reference_impls._anatomy import anatomy, require_pre_norm
 from requant.reference_impls._equivalence import Site, sites
 from requant.reference_impls._hessian import proxy_loss
+from requant.reference_impls._logits import change_of_logits
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._walk import (
     check_calib,
@@ -160,9 +161,7 @@ _LAYERS = [
 def transformation_keeps_the_function(ctx) -> float:
     """Largest change of a logit by the transformation alone, as a share of the largest logit."""
     model, tokens = ctx.reference("reference-outlier"), ctx.calib(8)
-    with torch.no_grad():
-        plain, other = (net(tokens[:2]).logits for net in (model, transform(model, tokens, 1.0)))
-    return float((plain - other).abs().max() / plain.abs().max())
+    return change_of_logits(model, transform(model, tokens, 1.0), tokens[:2])
 
 
 def activations_reach_one(ctx) -> float:

@@ -23,14 +23,13 @@ from transformers import PreTrainedConfig
 from requant.reference_impls import _quant
 from requant.reference_impls._anatomy import block_anatomies
 from requant.reference_impls._coded_cache import (
-    ELEMENTS,
     CodedAttention,
-    Coder,
     Tables,
     intercept,
     rotate,
     use_windowed_attention,
 )
+from requant.reference_impls._coder import ELEMENTS, Coder
 from requant.reference_impls._kmeans import weighted_kmeans
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._walk import check_calib, copy_model, require_whole

@@ -1,45 +1,36 @@
 """I-LLM: smoothing between all operators of a block, learned, and then every operator of the block on integers.
 
 Paper     Hu et al., 2024, arXiv:2405.17849v2 (numbers below refer to v2)   Entry  papers/i_llm.yaml
-Scope     decoder blocks of Llama, Mistral and Qwen2, all operators; embeddings, final norm and lm_head stay float
+Scope     decoder blocks of Llama, Mistral, Qwen2 and OPT, all operators; embeddings, learned positions, final norm and
+          lm_head stay float
 Deviates  FSBR follows the official code, but q/k factors are tied over rotary pairs (tie_rotary); ranges of
           activations include 0, and weights end on dyadic grids. The code has no integer operator: those here are
           reconstructed from implementations by others of Algorithms 1-4 and Eqs. 2-8. DI-Exp gets guard bits (0 = as
           printed), and M of DI-SwiGLU is at least 0. The residual stream has 16-bit codes a token, from which DI-Norm
-          reads (the paper: 8 bits a channel); the input of rotary embedding stays wide, its tables have 14 bits;
-          values are brought to one scale a head before they are summed; eps and biases are kept. Embeddings, final
-          norm and head are float, and no KV cache is kept between calls. OPT is not offered
+          reads, unless norm_bits gives its input static codes a channel (the paper: 8 bits a channel); the input of
+          rotary embedding stays wide, its tables have 14 bits; values are brought to one scale a head before they are
+          summed; eps and biases are kept. No KV cache is kept between calls
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from requant.reference_impls import _learn, _quant
-from requant.reference_impls._activation import QuantInput, SmoothedSiLU, one_each, transform_attention
-from requant.reference_impls._anatomy import anatomy, block_anatomies
+from requant.reference_impls import _quant
+from requant.reference_impls._activation import transform_attention
+from requant.reference_impls._anatomy import block_anatomies, heads
 from requant.reference_impls._dyadic import Dyadic, constant
-from requant.reference_impls._equivalence import Folded, query_key, sites
-from requant.reference_impls._integer_block import DIMatMul, IntegerBlock, require_integer_operators
+from requant.reference_impls._fsbr import Smoothing
+from requant.reference_impls._integer_block import IntegerBlock, require_integer_operators
+from requant.reference_impls._integer_operators import ChannelGrids, DIMatMul, DINorm
 from requant.reference_impls._quant import QuantizationError, check_choices
-from requant.reference_impls._rotation import heads
-from requant.reference_impls._walk import (
-    Block,
-    check_calib,
-    copy_model,
-    decoder_blocks,
-    replace_module,
-    walk_blocks,
-)
-from requant.reference_impls.smoothquant import channel_peaks, smoothing_factors
-
-ROLES = ("q", "k", "v", "o", "gate", "up", "down")
-_SMALLEST = 0.01  # code: factors are pushed away from 0 to this
+from requant.reference_impls._straight_through import ClippingStrengths
+from requant.reference_impls._walk import Block, check_calib, copy_model, decoder_blocks, walk_blocks
+from requant.reference_impls.smoothquant import channel_peaks
 
 
 @dataclass(frozen=True)
@@ -51,6 +42,9 @@ class Config:
     kv_bits: int = 4  # code: keys and values, per token and head, as activations
     nonlinear_bits: int = 8  # Algorithms 2, 3: p_out, and the inputs of SwiGLU and softmax
     residual_bits: int = 16  # code: n_bits 16 of additions and norm inputs
+    norm_bits: int | None = (
+        None  # Algorithm 4: 8, on a static grid a channel; None = codes of the residual stream
+    )
     softmax_clip: int | None = 15  # Eq. 10, c; None = the whole range of a row
     guard_bits: int = 16  # ours: left shift of what DI-Exp gets; 0 = Algorithm 1 as printed
     about_zero: bool = False  # Eqs. 2-8 round about the minimum; True, ours: about 0, as fake quantizers do
@@ -66,6 +60,10 @@ class Config:
 
     def __post_init__(self) -> None:
         check_choices(self, smoothing=("full", "partial", "none"))
+        if self.norm_bits is not None and not 2 <= self.norm_bits <= 16:
+            raise QuantizationError(
+                "norm_bits must be from 2 to 16, or None for the codes of the residual stream"
+            )
         if not (2 <= self.w_bits <= 8 and 2 <= self.a_bits <= 8 and 2 <= self.kv_bits <= 8):
             raise QuantizationError("w_bits, a_bits and kv_bits must be from 2 to 8")
 
@@ -74,120 +72,30 @@ TINY = {"n_epochs": 1, "batch_size": 8}
 ERROR_FLOOR = 5e-3  # weight clipping starts at 0.982 of the range
 
 
-# --- FSBR: smoothing and clipping, learned ---------------------------------------------------------------------------
+@torch.no_grad()
+def settle(fsbr: Smoothing, config) -> IntegerBlock:
+    """Write FSBR's parameters into its block, weights on their dyadic grids; returns the block on integers."""
+    now, linears, parts, block = fsbr.smoothed(), {}, fsbr.parts, fsbr.block[0]
+    for role, linear in fsbr.linears.items():
+        codes = weight_codes(now[linear.weight], fsbr.cfg, fsbr.strengths[role])
+        linears[role] = DIMatMul(codes, None if linear.bias is None else now[linear.bias])
+        now[linear.weight] = codes.to_float()
+    now.write()
+    floats = {"attn": parts.attn_norm, "mlp": parts.mlp_norm}
+    grids = channel_grids(block, floats, fsbr.cfg.norm_bits) if fsbr.cfg.norm_bits else {}
+    norms = [DINorm(norm, grids.get(name)) for name, norm in floats.items()]
+    a = fsbr.factors["act"] if parts.gated else None
+    scaling = float(parts.attn.scaling)  # 1 / sqrt(head_dim)
+    made = IntegerBlock(linears, norms, a, scaling, heads(parts, config), fsbr.cfg)
+    made.attention_type = getattr(block.module, "attention_type", None)  # some models choose the mask by it
+    return made
 
 
-class Smoothing(nn.Module):
-    """The learned factors and clipping strengths of one block, and what the block becomes with them.
-
-    The block gets a SmoothedSiLU, and with `quantizers` those of the code at every place it has them.
-    """
-
-    def __init__(
-        self, block: Block, config, peaks: Mapping[nn.Linear, Tensor], cfg: Config, quantizers: bool = True
-    ):
-        super().__init__()
-        self.cfg, self.parts = cfg, anatomy(block.module)
-        self.block = (block,)  # a tuple, so that its parameters are not taken for learned ones
-        self.linears = {name: getattr(self.parts, name) for name in ROLES}
-        self.sites = {site.name: site for site in sites(self.parts, config)}
-        self.query_key = query_key(self.parts, config, block.kwargs)
-        factors = {"qk": torch.ones(self.parts.k.out_features), "act": torch.ones(self.parts.up.out_features)}
-        for name, site in self.sites.items():
-            reader = site.linears[-1 if name == "mlp_norm" else 0]  # code: q, up, o, down
-            s = smoothing_factors(peaks[reader].clamp(min=1e-5), [reader.weight], cfg.alpha)
-            factors[name] = s.view(-1, site.repeat, site.head_dim)[:, 0].flatten() if site.repeat > 1 else s
-        partial_sites = {"attn_norm", "mlp_norm", "value"}
-        used = {"full": set(factors), "partial": partial_sites, "none": set()}[cfg.smoothing]
-        self.factors = nn.ParameterDict()
-        for name, s in factors.items():
-            s = s if name in used else torch.ones_like(s)
-            self.factors[name] = nn.Parameter(s.clone(), requires_grad=name in used)
-        self.strengths = nn.ModuleDict(
-            {name: _learn.ClippingStrengths(linear.weight) for name, linear in self.linears.items()}
-        )
-        self.push_away()
-        self._wrap(quantizers)
-
-    def _wrap(self, quantizers: bool) -> None:
-        cfg, root, attn = self.cfg, self.block[0].module, self.parts.attn
-        inner = partial(_learn.token_ste, bits=cfg.nonlinear_bits) if quantizers else nn.Identity()
-        self.act_fn = (SmoothedSiLU(self.parts.down.in_features, inner),)
-        self.parts.mlp.act_fn = self.act_fn[0]
-        if not quantizers:
-            return
-        names = {id(module): name for name, module in root.named_modules()}
-        for role, linear in self.linears.items():
-            before = partial(_learn.token_ste, bits=cfg.a_bits)
-            replace_module(
-                root, names[id(linear)], QuantInput(linear, before, inner if role == "up" else None)
-            )
-        widths = (cfg.a_bits, cfg.kv_bits, cfg.kv_bits)
-        attn.requant_transform = one_each(*(partial(_learn.token_ste, bits=bits) for bits in widths))
-
-    @torch.no_grad()
-    def push_away(self) -> None:
-        """Keep every factor at least 0.01 from 0 (code)."""
-        for s in self.factors.values():
-            _learn.floored(s, _SMALLEST)
-
-    def smoothed(self) -> Folded:
-        """The block's parameters with all factors folded in, which leave its function unchanged; differentiable."""
-        now, f = Folded(self.block[0].module), self.factors
-        for name, site in self.sites.items():
-            site.fold_into(now, f[name])
-        self.query_key.fold_into(now, self.query_key.tie(f["qk"]) if self.cfg.tie_rotary else f["qk"])
-        every = torch.arange(self.parts.up.out_features)
-        now.scale_rows(self.parts.gate, every, 1 / f["act"])
-        now.scale_rows(self.parts.up, every, f["act"])
-        now[self.act_fn[0].a] = f["act"]
-        return now
-
-    def rounded(self) -> Mapping[str, Tensor]:
-        """The same with weights fake-quantized at the present clipping; what `Block.forward` takes."""
-        now = self.smoothed()
-        for role, linear in self.linears.items():
-            W = now[linear.weight]
-            now[linear.weight] = _learn.affine_ste(
-                W, *self.strengths[role].grid(W, self.cfg.w_bits), self.cfg.w_bits
-            )
-        return now.tensors
-
-    def train_block(self, generator: torch.Generator) -> None:
-        """AdamW on the block's output error; ends with the epoch of the lowest mean loss (code)."""
-        block, cfg = self.block[0], self.cfg
-        X, Y = torch.cat(block.inputs), torch.cat(block.targets)
-        factors = [s for s in self.factors.values() if s.requires_grad]
-        groups = [{"params": list(self.strengths.parameters()), "lr": cfg.lwc_lr}]
-        groups += [{"params": factors, "lr": cfg.let_lr}] if factors else []
-        optimizer, best, state = torch.optim.AdamW(groups, weight_decay=0.0), float("inf"), None
-
-        def loss(chosen: Tensor) -> Tensor:
-            return (block.forward(X[chosen], self.rounded()) - Y[chosen]).square().mean()
-
-        for _ in range(cfg.n_epochs):
-            batches = torch.randperm(len(X), generator=generator).split(cfg.batch_size)
-            losses = _learn.descend(loss, optimizer, batches, project=self.push_away)
-            mean = sum(losses) / len(losses)
-            if mean < best:
-                best, state = mean, {key: value.clone() for key, value in self.state_dict().items()}
-        if state is not None:
-            self.load_state_dict(state)
-
-    @torch.no_grad()
-    def settle(self, config) -> IntegerBlock:
-        """Write the final parameters into the block, weights on their dyadic grids; returns the block on integers."""
-        now, linears, parts, block = self.smoothed(), {}, self.parts, self.block[0].module
-        for role, linear in self.linears.items():
-            codes = weight_codes(now[linear.weight], self.cfg, self.strengths[role])
-            linears[role] = DIMatMul(codes, None if linear.bias is None else now[linear.bias])
-            now[linear.weight] = codes.to_float()
-        gains = now[parts.attn_norm.weight], now[parts.mlp_norm.weight]
-        eps, scaling = float(config.rms_norm_eps), float(parts.attn.scaling)  # 1 / sqrt(head_dim)
-        made = IntegerBlock(linears, gains, eps, self.factors["act"], scaling, heads(parts, config), self.cfg)
-        made.attention_type = getattr(block, "attention_type", None)  # some models choose the mask by it
-        now.write()
-        return made
+def channel_grids(block: Block, norms: Mapping[str, nn.Module], bits: int) -> dict[str, ChannelGrids]:
+    """Static grids, one a channel, of what the norms of a block are fed."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in norms}
+    block.observe(norms, lambda name, X: seen[name].append(X))
+    return {name: ChannelGrids.of(torch.cat(batches), bits) for name, batches in seen.items()}
 
 
 def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
@@ -195,7 +103,7 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
 
     Args:
         calib: int64 [n_samples, seqlen].
-    Raises: UnsupportedModelError for blocks other than Llama's, Mistral's and Qwen2's; QuantizationError without calib.
+    Raises: UnsupportedModelError for blocks other than those of Scope; QuantizationError without calib.
     """
     check_calib(calib)
     require_integer_operators(model)
@@ -209,7 +117,7 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
     ):  # the next one is fed by `block.module`, in floats
         fsbr = Smoothing(block, model.config, peaks, cfg)
         fsbr.train_block(generator)
-        made = fsbr.settle(model.config)
+        made = settle(fsbr, model.config)
         if cfg.integer:
             blocks[block.index] = made
     return model
@@ -221,7 +129,7 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
 @torch.no_grad()
 def weight_codes(W: Tensor, cfg: Config, strengths: nn.Module | None = None) -> Dyadic:
     """W [d_out, d_in] on a dyadic grid a row; without strengths clipping is where it starts."""
-    scale, zero_point = (strengths or _learn.ClippingStrengths(W)).grid(W, cfg.w_bits)
+    scale, zero_point = (strengths or ClippingStrengths(W)).grid(W, cfg.w_bits)
     m, k = constant(scale)
     step = torch.ldexp(m.float(), -k.float())
     codes = ((W / step).round() + zero_point).clamp(0, 2**cfg.w_bits - 1)

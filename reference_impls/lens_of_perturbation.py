@@ -4,9 +4,10 @@ Paper     Gong et al., AAAI 2024, arXiv:2403.06408v1 (numbers below refer to v1)
           Entry  papers/lens_of_perturbation.yaml
 Scope     weights of nn.Linear in decoder blocks and, with a_bits, their inputs; embeddings, norms and lm_head untouched
 Deviates  reconstructed from the abstract and from notes on the paper, without official code. Granularity is not known:
-          weights have one grid a row, activations one a token. Noise that shrinks with the value has a deviation
-          proportional to max|x| - |x|; intensity is the norm of the noise as a share of the tensor's; one batch of
-          windows is one tensor. Scales are rounded to float16, the precision they are stored in
+          weights have one grid a row, activations one a token. How the paper shaped noise that shrinks with the value
+          is not known: shrinking has a deviation proportional to max|x| - |x|, inverse one proportional to
+          1 / (|x| + c) with c the mean of |x|. Intensity is the norm of the noise as a share of the tensor's; one batch
+          of windows is one tensor. Scales are rounded to float16, the precision they are stored in
 """
 
 from __future__ import annotations
@@ -103,6 +104,7 @@ _DRAWS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 _ENVELOPES: dict[str, Callable[[Tensor], Tensor]] = {
     "growing": torch.abs,
     "shrinking": lambda x: x.abs().max() - x.abs(),
+    "inverse": lambda x: 1 / (x.abs() + x.abs().mean()),
 }
 
 
@@ -110,8 +112,8 @@ def noise(x: Tensor, kind: str, intensity: float, generator: torch.Generator) ->
     """Noise of the given kind with the norm intensity * |x|, whatever the kind; same shape as x.
 
     Args:
-        kind: gaussian, uniform or rademacher; growing or shrinking: Gaussian, with a deviation that grows
-            or shrinks with |x|.
+        kind: gaussian, uniform or rademacher; growing: Gaussian, with a deviation that grows with |x|; shrinking
+            and inverse: with one that falls with |x|, linearly or as 1 / (|x| + mean |x|).
     """
     D = _DRAWS[kind](x, generator) if kind in _DRAWS else torch.randn(x.shape, generator=generator)
     D = D * _ENVELOPES[kind](x) if kind in _ENVELOPES else D
@@ -127,122 +129,17 @@ def clip(x: Tensor, fraction: float = CLIP_FRACTION) -> Tensor:
 
 @torch.no_grad()
 def perturb(model: nn.Module, change: Callable[[Tensor], Tensor], target: str) -> nn.Module:
-    """A copy whose decoder weights (once) or linear inputs (at every pass) went through change(tensor) -> tensor."""
-    if target == "weights":
-        return quantize_linears(model, lambda W, H: change(W))
-    model = copy_model(model)
-    for block in decoder_blocks(model):
-        wrap_linears(block, change)
-    return model
+    """A copy whose decoder weights (once), linear inputs (at every pass) or both went through change(tensor) -> tensor.
 
-
-# --- invariants and findings named in papers/lens_of_perturbation.yaml ------------------------------------------------
-
-
-def _weight(ctx) -> Tensor:
-    return ctx.reference().get_submodule("model.layers.1.mlp.down_proj").weight
-
-
-def transform_inverts(ctx) -> float:
-    """Largest |x - back(forth(x))| on a real layer, as a share of the largest |x|."""
-    W = _weight(ctx)
-    return float((back(forth(W, Config()), Config()) - W).abs().max() / W.abs().max())
-
-
-def half_step_error(ctx) -> float:
-    """Largest rounding error of a cube root on a real layer, in units of half a step: nothing is clipped."""
-    W = _weight(ctx)
-    roots, cfg = forth(W, Config()), Config(transform="identity")
-    scale, _ = _quant.choose_qparams(roots, cfg.w_bits)
-    return float(((quantize_weight(roots, None, cfg) - roots).abs() / (scale / 2)).max())
-
-
-def steps_follow_two_thirds(ctx) -> float:
-    """Largest relative distance of a gap of the 8-bit grid from 3 |x|^(2/3) step, over the larger half of levels."""
-    step = 2 / 255
-    roots = torch.arange(0.5, 1, step, dtype=torch.float64)
-    gaps, middle = (roots + step) ** 3 - roots**3, (roots + step / 2) ** 3
-    return float((gaps / (3 * middle ** (2 / 3) * step) - 1).abs().max())
-
-
-def error_follows_size(ctx) -> list[dict]:
-    """Correlation of |error| with |w| over the weights of a layer rounded to 4 bits, by quantizer."""
-    W = _weight(ctx)
-    rows = []
-    for name in ("identity", "cube_root"):
-        error = (quantize_weight(W, None, Config(transform=name)) - W).abs()
-        correlation = torch.corrcoef(torch.stack([error.flatten(), W.abs().flatten()]))[0, 1]
-        rows.append({"name": name, "value": float(correlation)})
-    return rows
-
-
-def _loss(model: nn.Module, tokens: Tensor) -> float:
-    with torch.no_grad():
-        return float(model(tokens, labels=tokens, use_cache=False).loss)
-
-
-def _increases(
-    ctx, target: str, changes: dict[str, Callable], n_draws: int, model: str = "reference", n: int = 4
-) -> dict[str, float]:
-    """Mean increase of the loss on n test windows by each change(x, generator), over n_draws generators."""
-    reference, tokens = ctx.reference(model), ctx.test_windows(n)
-    base, found = _loss(reference, tokens), {}
-    for name, change in changes.items():
-        losses = []
-        for draw in range(n_draws):
-            generator = torch.Generator().manual_seed(draw)
-            perturbed = perturb(reference, lambda x, c=change, g=generator: c(x, g), target)
-            losses.append(_loss(perturbed, tokens) - base)
-        found[name] = sum(losses) / n_draws
-    return found
-
-
-def _kind(kind: str, intensity: float = 0.25) -> Callable[[Tensor, torch.Generator], Tensor]:
-    return lambda x, generator: x + noise(x, kind, intensity, generator)
-
-
-def _rows(found: dict[str, float]) -> list[dict]:
-    return [{"name": name, "value": value} for name, value in found.items()]
-
-
-def increases_by_noise(ctx, target: str) -> list[dict]:
-    """Increase of the loss by kind of noise at intensity 0.25, Gaussian also at 0.125; and how kinds differ."""
-    changes = {kind: _kind(kind) for kind in ("gaussian", "uniform", "rademacher", "growing", "shrinking")}
-    found = _increases(ctx, target, changes | {"half": _kind("gaussian", 0.125)}, n_draws=3)
-    shapes = [found[name] for name in ("gaussian", "uniform", "rademacher")]
-    found |= {
-        "between_shapes": max(shapes) - min(shapes),
-        "between_intensities": found["gaussian"] - found["half"],
-    }
-    return _rows(found)
-
-
-def increases_on_weights(ctx) -> list[dict]:
-    """`increases_by_noise` with noise on weights."""
-    return increases_by_noise(ctx, "weights")
-
-
-def increases_on_activations(ctx) -> list[dict]:
-    """`increases_by_noise` with noise on the inputs of linears."""
-    return increases_by_noise(ctx, "activations")
-
-
-def increases_with_outliers(ctx) -> list[dict]:
-    """Increase of the loss by Gaussian noise on the inputs of linears with outliers: even, or growing with |x|."""
-    changes = {kind: _kind(kind) for kind in ("gaussian", "growing")}
-    return _rows(_increases(ctx, "activations", changes, n_draws=2, model="reference-outlier"))
-
-
-def increases_by_clipping(ctx) -> list[dict]:
-    """Increase of the loss by clipping the inputs of linears, and by Gaussian noise of the very same norm.
-
-    On reference-sink, whose large activations were not planted but came with training.
+    Args:
+        target: weights, activations or both.
     """
-
-    def same_norm(x: Tensor, generator: torch.Generator) -> Tensor:
-        D = clip(x) - x
-        return x + noise(D, "gaussian", 1.0, generator) if D.any() else x
-
-    changes = {"clipping": lambda x, _generator: clip(x), "noise": same_norm}
-    found = _increases(ctx, "activations", changes, 3, "reference-sink", n=16)
-    return _rows(found)
+    if target not in ("weights", "activations", "both"):
+        raise ValueError(f"target is {target!r}; choose weights, activations or both")
+    changed = (
+        copy_model(model) if target == "activations" else quantize_linears(model, lambda W, H: change(W))
+    )
+    if target != "weights":
+        for block in decoder_blocks(changed):
+            wrap_linears(block, change)
+    return changed

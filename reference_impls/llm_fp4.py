@@ -4,10 +4,10 @@ Paper     Liu et al., EMNLP 2023, arXiv:2310.16836v1 (tables as README and publi
 Entry     papers/llm_fp4.yaml
 Scope     weights and inputs of nn.Linear in decoder blocks and of lm_head, the token embedding; norms, attention
           products and residual stream untouched
-Deviates  what the code and the text do differently follows the code (weights are searched first, offsets are counted
-          from the rounded bias of each candidate, weights are rounded without the offsets); biases are rounded to
-          float16, the precision they are stored in; the error of a search may be taken on evenly strided tokens
-          (search_tokens). BERT's and ViT's variants (gradient-weighted error, attention products) are not offered
+Deviates  what the code and the text do differently follows the code, which made the numbers; weights_first,
+          rounded_offsets and fold_shift choose the text. Biases are rounded to float16, the precision they are stored
+          in; the error of a search may be taken on evenly strided tokens (search_tokens). BERT's and ViT's variants
+          (gradient-weighted error, attention products) are not offered
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from requant.reference_impls._activation import QuantInput
 from requant.reference_impls._float_grid import Biases, Format, first_format, formats, stored
 from requant.reference_impls._quant import QuantizationError
 from requant.reference_impls._residence import visit
-from requant.reference_impls._rotation import untie_head
+from requant.reference_impls._stream_ends import untie_head
 from requant.reference_impls._walk import check_calib, copy_model, named_linears, replace_module, walk_blocks
 
 
@@ -41,11 +41,15 @@ class Config:
     a_bits: int = 4  # Table 1; 16 = not quantized
     embedding_bits: int = 4  # Table 1; 16 = not quantized
     mantissa_bits: tuple[int, ...] | None = (
-        None  # formats tried; None = code: 0 .. b - 2, from 8 bits on 2 .. b - 2
+        None  # formats tried; None = 0 .. b - 2, from 8 bits on 2 .. b - 2
     )
     search: bool = True  # Table 1; False = MinMax: biases from the maxima, E2M1, from 8 bits on E4M3
     channel_shift: bool = True  # Fig. 3; False = the FPQ baseline of Table 1
     fold_shift: bool = False  # Fig. 3: weights take the offsets before they are rounded; not in the code
+    rounded_offsets: bool = True  # code: offsets between rounded biases; False = Eq. 15, rounded differences
+    weights_first: bool = (
+        True  # code: weights before activations, formats at the end of a round; False = Alg. 1
+    )
     n_rounds: int = 3  # code, search_round
     n_grid: int = 100  # code, eq_n: factors gamma_min + i (gamma_max - gamma_min) / n_grid, i < n_grid
     gamma_min: float = 0.01  # code, eq_alpha
@@ -54,9 +58,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if min(self.w_bits, self.a_bits, self.embedding_bits) < 2:
-            raise QuantizationError(
-                "w_bits, a_bits and embedding_bits must be 2 or more: a sign and an exponent"
-            )
+            raise QuantizationError("w_bits, a_bits, embedding_bits must be 2 or more: a sign, an exponent")
         if self.n_rounds < 1 or self.n_grid < 1:
             raise QuantizationError("n_rounds and n_grid must be 1 or more")
 
@@ -77,9 +79,10 @@ def _tried(bits: int, cfg: Config) -> list[Format]:
     return formats(bits, cfg.mantissa_bits) if cfg.search else [first_format(bits, cfg.mantissa_bits)]
 
 
-def channel_offsets(rho: Tensor, own: Tensor, format: Format) -> Tensor:
-    """k_j = clip(round(B_j) - round(rho), 0, 2^e - 1) for every candidate rho (code): [d_in]."""
-    return (own.round() - rho.round()).clamp(0, 2**format.e - 1)
+def channel_offsets(rho: Tensor, own: Tensor, format: Format, cfg: Config) -> Tensor:
+    """k_j = clip(round(B_j) - round(rho), 0, 2^e - 1) for every candidate rho (code), or as Eq. 15: [d_in]."""
+    k = own.round() - rho.round() if cfg.rounded_offsets else (own - rho).round()
+    return k.clamp(0, 2**format.e - 1)
 
 
 def best_rows(W: Tensor, format: Format, error: Callable[[Tensor], Tensor], cfg: Config) -> Tensor:
@@ -102,14 +105,14 @@ def best_by_rows(W: Tensor, error: Callable[[Tensor], Tensor], cfg: Config) -> B
     return min(found, key=lambda one: float(error(one(W)).mean()))
 
 
-def _row_error(X: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
+def row_error(X: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
     """weight -> mean squared error of X Q(W)^T against target [n_tokens, d_out], for each output channel."""
     return lambda Q: (product(X, Q) - target).square().mean(0)
 
 
 @torch.no_grad()
 def search_linear(W: Tensor, X: Tensor, peaks: Tensor, cfg: Config) -> tuple[Biases, Biases | None]:
-    """Biases and formats of a weight and of its input, in turns (order and grid of the code).
+    """Biases and formats of a weight and of its input, in turns (grid of the code).
 
     Args:
         W: [d_out, d_in]; X: [n_tokens, d_in], inputs of the unquantized model; peaks: [d_in] max |X_j| over all tokens.
@@ -117,33 +120,34 @@ def search_linear(W: Tensor, X: Tensor, peaks: Tensor, cfg: Config) -> tuple[Bia
     """
     target = product(X, W)
     if cfg.a_bits >= 16:
-        return best_by_rows(W, _row_error(X, target), cfg), None
+        return best_by_rows(W, row_error(X, target), cfg), None
     options = _tried(cfg.a_bits, cfg)
     first = first_format(cfg.a_bits, cfg.mantissa_bits)
     own = {one: one.bias(peaks if cfg.channel_shift else peaks.max()) for one in {*options, first}}
 
-    def inputs(format: Format, rho: Tensor) -> Biases:
-        return Biases(format, rho + channel_offsets(rho, own[format], format))
-
     def error(weight: Biases, given: Biases) -> float:
         return float((product(given(X), weight(W)) - target).square().mean())
+
+    def inputs(format: Format, rho: Tensor) -> Biases:
+        return Biases(format, rho + channel_offsets(rho, own[format], format, cfg))
+
+    def best_input(weight: Biases, format: Format) -> Biases:
+        Q = weight(W)
+        tried = [inputs(format, stored(gamma * own[format].min())) for gamma in factors(cfg)]
+        losses = [(product(candidate(X), Q) - target).square().mean() for candidate in tried]
+        return tried[int(torch.stack(losses).argmin())]
 
     given = inputs(first, stored(own[first].min()))
     start = first_format(cfg.w_bits, cfg.mantissa_bits)
     weight = Biases(start, stored(start.bias(W.abs().amax(1, keepdim=True))))
     for _ in range(cfg.n_rounds if cfg.search else 0):
-        rounded, Q = given(X), weight(W)
-        rows = [
-            Biases(one, best_rows(W, one, _row_error(rounded, target), cfg))
-            for one in _tried(cfg.w_bits, cfg)
-        ]
-        tensors = []
-        for one in options:
-            tried = [inputs(one, stored(gamma * own[one].min())) for gamma in factors(cfg)]
-            losses = [(product(candidate(X), Q) - target).square().mean() for candidate in tried]
-            tensors.append(tried[int(torch.stack(losses).argmin())])
-        weight = min(rows, key=lambda one, given=given: error(one, given))
+        before = weight
+        if cfg.weights_first:
+            weight = best_by_rows(W, row_error(given(X), target), cfg)
+        tensors = [best_input(before, one) for one in options]  # code: they do not see the new weights
         given = min(tensors, key=lambda one, weight=weight: error(weight, one))
+        if not cfg.weights_first:
+            weight = best_by_rows(W, row_error(given(X), target), cfg)
     return weight, given
 
 
@@ -154,7 +158,7 @@ def quantize_linear(W: Tensor, X: Tensor, peaks: Tensor, cfg: Config) -> tuple[T
         return weight(W), given
     k = (given.B - given.B.min()).round()  # [d_in]; a power of two moves through the product without rounding
     folded = W * 2.0**-k
-    Q = best_by_rows(folded, _row_error(given(X) * 2.0**k, product(X, W)), cfg)(folded)
+    Q = best_by_rows(folded, row_error(given(X) * 2.0**k, product(X, W)), cfg)(folded)
     return Q * 2.0**k, given
 
 
@@ -165,7 +169,7 @@ def _weight_biases(W: Tensor, H: Tensor, cfg: Config) -> Biases:
     """The search without activations: tokens enter by H alone, whose square root stands in for them."""
     values, vectors = torch.linalg.eigh(H.double())
     X = (values.clamp(min=0).sqrt()[:, None] * vectors.T).float()  # X^T X = H
-    return best_by_rows(W, _row_error(X, product(X, W)), cfg)
+    return best_by_rows(W, row_error(X, product(X, W)), cfg)
 
 
 def quantize_weight(W: Tensor, H: Tensor, cfg: Config) -> Tensor:

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import _quant
-from requant.reference_impls._learn import ClippingStrengths, cosine_decay, descend, in_order
+from requant.reference_impls._learn import cosine_decay, descend, in_order
 from requant.reference_impls._mobile_block import MobileBlock, whole_or_rows
 from requant.reference_impls._quant import check_choices
 from requant.reference_impls._static_ranges import simulate
+from requant.reference_impls._straight_through import ClippingStrengths
 from requant.reference_impls._walk import (
     Block,
     check_calib,

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from requant.reference_impls import _quant, gptq, rtn, smoothquant
 from requant.reference_impls._activation import wrap_linears
 from requant.reference_impls._generate import write_text
-from requant.reference_impls._learn import descend, in_order, samples, straight_through
+from requant.reference_impls._learn import descend, in_order, samples
 from requant.reference_impls._quant import QuantizationError, check_choices
+from requant.reference_impls._straight_through import straight_through
 from requant.reference_impls._walk import (
     Block,
     UnsupportedModelError,

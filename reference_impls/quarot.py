@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from requant.reference_impls import _quant, gptq
 from requant.reference_impls._activation import transform_attention, transform_inputs
-from requant.reference_impls._anatomy import BlockAnatomy, anatomy, block_anatomies
+from requant.reference_impls._anatomy import BlockAnatomy, anatomy, block_anatomies, heads
 from requant.reference_impls._clip_search import grid_of_share, search_grid
 from requant.reference_impls._hadamard import (
     hadamard_matrix,
@@ -32,12 +32,11 @@ from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._rotation import (
     centre_embeddings,
     fuse_norms,
-    heads,
     rotate_stream,
     rotate_values,
     same_function,
-    stream_ends,
 )
+from requant.reference_impls._stream_ends import stream_ends
 from requant.reference_impls._walk import (
     UnsupportedModelError,
     check_calib,

@@ -21,26 +21,25 @@ from torch import Tensor, nn
 
 from requant.reference_impls import _quant, quarot
 from requant.reference_impls._activation import bare, transform_attention, transform_inputs
-from requant.reference_impls._anatomy import anatomy, block_anatomies
+from requant.reference_impls._anatomy import anatomy, block_anatomies, heads
 from requant.reference_impls._hadamard import (
     hadamard_transform,
     has_hadamard,
     random_hadamard,
     random_orthogonal,
 )
-from requant.reference_impls._learn import straight_through
 from requant.reference_impls._places import RotatedNetwork, learn
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._rotation import (
     centre_embeddings,
     fuse_norms,
     hadamard_before,
-    heads,
     rotate_stream,
     rotate_values,
     same_function,
-    stream_ends,
 )
+from requant.reference_impls._straight_through import straight_through
+from requant.reference_impls._stream_ends import stream_ends
 from requant.reference_impls._walk import (
     UnsupportedModelError,
     check_calib,

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from requant.kernels import kv_codes
 from requant.kernels._triton import INTERPRET
 from requant.kernels.attention_quantized import apply_rope, attention_decode, attention_decode_ref
+from requant.reference_impls._coder import Coder
 
 interpreted = pytest.mark.skipif(
     not INTERPRET, reason="needs TRITON_INTERPRET=1 set before triton is imported"
@@ -79,12 +80,11 @@ def coupled(batch: int, kv_heads: int, seqlen: int, head_dim: int, c: int, bits:
 
 
 def test_coupled_codes_are_those_of_the_coded_cache() -> None:
-    coded_cache = pytest.importorskip("requant.reference_impls._coded_cache")
-    coder = coded_cache.Coder(randn(8, 32, 4).half())
+    coder = Coder(randn(8, 32, 4).half())
     x = randn(2, 1, 9, 32, seed=4)
     stored = kv_codes.pack_coupled(coder.encode(x), coder.centroids, 1)
     assert torch.equal(kv_codes.decode_ref(stored), coder.decode(coder.encode(x), 32).float())
-    packed = coded_cache._pack(coder, x)  # bytes of the same stream
+    packed = coder.pack(x)  # bytes of the same stream
     assert torch.equal(stored.words.view(torch.uint8)[:, None, :, : packed.shape[-1]], packed)
 
 

@@ -18,6 +18,7 @@ from requant.reference_impls._hadamard import hadamard_transform, random_orthogo
 from requant.reference_impls._quant import QuantizationError, storage_bits
 from requant.reference_impls._rotation import fuse_norms
 from requant.reference_impls._stiefel import CayleySGD
+from requant.reference_impls._straight_through import affine_ste, clipped_grid
 from requant.reference_impls._walk import UnsupportedModelError, activations_in, copy_model, walk_blocks
 
 SIZES = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -114,11 +115,11 @@ def test_without_clipping_the_learnable_grid_is_the_plain_one() -> None:
     x = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
     one = torch.ones(8, 1)
     (scale, zero), (plain_scale, plain_zero) = (
-        _learn.clipped_grid(x, 4, one, one),
+        clipped_grid(x, 4, one, one),
         _quant.choose_qparams(x, 4),
     )
     assert torch.equal(_quant.stored_scale(scale, 4), plain_scale) and torch.equal(zero, plain_zero)
-    rounded = _learn.affine_ste(x, plain_scale, plain_zero, 4)
+    rounded = affine_ste(x, plain_scale, plain_zero, 4)
     assert (rounded - _quant.fake_quant(x, 4)).abs().max() < 1e-6
 
 

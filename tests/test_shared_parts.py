@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from families import FAMILIES, SIZES, made
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    OPTConfig,
-    Phi3Config,
-    PhiConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, BloomConfig, OPTConfig
 
 from requant.reference_impls import _quant
 from requant.reference_impls._activation import transform_attention
-from requant.reference_impls._anatomy import block_anatomies, fold_channel_scale, require_pre_norm
+from requant.reference_impls._anatomy import anatomy, block_anatomies, fold_channel_scale, require_pre_norm
+from requant.reference_impls._equivalence import add_missing_biases, sites
+from requant.reference_impls._folded import Folded
 from requant.reference_impls._hessian import damped, gram, inverse_cholesky
 from requant.reference_impls._quant import QuantizationError
 from requant.reference_impls._walk import (
@@ -35,40 +27,10 @@ from requant.reference_impls._walk import (
     walk_blocks,
 )
 
-SIZES = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": None}  # fmt: skip
-GATED = SIZES | {"intermediate_size": 128, "num_key_value_heads": 2}
-FAMILIES = {
-    "llama": LlamaConfig(**GATED),
-    "mistral": MistralConfig(**GATED),
-    "qwen2": Qwen2Config(**GATED),
-    "qwen3": Qwen3Config(**GATED, head_dim=16),
-    "gemma2": Gemma2Config(**GATED, head_dim=16),
-    "gemma3": Gemma3TextConfig(**GATED, head_dim=16),
-    "phi": PhiConfig(**SIZES, intermediate_size=128),
-    "phi3": Phi3Config(**GATED),
-    "gpt_neox": GPTNeoXConfig(**SIZES, intermediate_size=128),
-    "opt": OPTConfig(**SIZES, ffn_dim=128, word_embed_proj_dim=64),
-    "bloom": BloomConfig(
-        vocab_size=128,
-        hidden_size=64,
-        n_layer=2,
-        n_head=4,
-        bos_token_id=0,
-        eos_token_id=None,
-        pad_token_id=None,
-    ),
-}
-
 
 @pytest.fixture(params=FAMILIES, scope="module")
 def family(request: pytest.FixtureRequest) -> torch.nn.Module:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES[request.param]).eval().requires_grad_(False)
-    for parameter in model.parameters():  # gains and biases that differ from 1 and 0, as trained models have
-        if parameter.ndim == 1:
-            parameter += 0.1 * torch.randn(parameter.shape)
-    return model
+    return made(request.param)
 
 
 TOKENS = torch.randint(0, 128, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -146,6 +108,25 @@ def test_channel_scales_fold_without_changing_the_function(family: torch.nn.Modu
         for norm, linears in parts.norm_groups:
             fold_channel_scale(norm, linears, torch.rand(linears[0].in_features, generator=generator) + 0.5)
     assert torch.allclose(family(TOKENS).logits, before, atol=1e-5)
+
+
+@torch.no_grad()
+def test_missing_biases_change_nothing_and_take_shifts(family: torch.nn.Module) -> None:
+    """Afterwards a shift goes through every norm and every value, in families with and without biases of their own."""
+    model, generator = copy.deepcopy(family), torch.Generator().manual_seed(3)
+    before = family(TOKENS).logits
+    for block in decoder_blocks(model):
+        bare = add_missing_biases(block, model.config)
+        assert add_missing_biases(block, model.config) == []
+        assert torch.allclose(model(TOKENS).logits, before, atol=1e-5), bare
+        now = Folded(block)
+        for site in sites(anatomy(block), model.config):
+            assert site.can_learn_shift == site.shifts
+            if site.shifts:
+                d = torch.randn(site.written(site.linears[0].weight[0]).shape, generator=generator)
+                site.fold_into(now, torch.ones_like(d), d)
+        now.write()
+    assert torch.allclose(model(TOKENS).logits, before, atol=1e-4)
 
 
 @torch.no_grad()

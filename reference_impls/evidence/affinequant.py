@@ -5,6 +5,8 @@ Entry     papers/affinequant.yaml
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -23,20 +25,47 @@ def _learner(ctx, model: nn.Module, cfg, kind: type = AffineLearner) -> omniquan
 
 
 @torch.no_grad()
+def _change_of_output(ctx, model: nn.Module, cfg: Config, n_shifts: int = 0) -> float:
+    """Largest change of the first block's output, as a share of its largest, by random matrices, scales and shifts.
+
+    Each is moved by a tenth of its largest entry (of 1 where all are zero). Infinite with fewer than n_shifts shifts.
+    """
+    learner, generator = _learner(ctx, model, cfg), torch.Generator().manual_seed(0)
+    if len(learner.shifts) < n_shifts:
+        return math.inf
+    for parameter in (*learner.scales.values(), *learner.shifts.values()):
+        size = parameter.abs().max() if parameter.any() else 1.0  # shifts in added biases start at zero
+        parameter += torch.randn(parameter.shape, generator=generator) * size / 10
+    now = learner.block.forward(learner.block.inputs[0], learner.transformed().tensors)
+    original = learner.block.targets[0]
+    return float((now - original).abs().max() / original.abs().max())
+
+
+@torch.no_grad()
 def transforms_keep_the_function(ctx) -> float:
     """Change of a block's output, as a share of its largest, by random matrices and shifts at every place.
 
     Full matrices in a small OPT (all places) and behind the norms of the reference model, mask fully open.
     """
-    generator, worst = torch.Generator().manual_seed(0), 0.0
-    for model, head_matrix in ((small_opt(), True), (ctx.reference(), False)):
-        cfg = Config(a_bits=None, norm_matrix=True, head_matrix=head_matrix, gradual=False)
-        learner = _learner(ctx, model, cfg)
-        for parameter in (*learner.scales.values(), *learner.shifts.values()):
-            parameter += torch.randn(parameter.shape, generator=generator) * parameter.abs().max() / 10
-        now = learner.block.forward(learner.block.inputs[0], learner.transformed().tensors)
-        original = learner.block.targets[0]
-        worst = max(worst, float((now - original).abs().max() / original.abs().max()))
+    cases = ((small_opt(), True), (ctx.reference(), False))
+    return max(
+        _change_of_output(
+            ctx, model, Config(a_bits=None, norm_matrix=True, head_matrix=head_matrix, gradual=False)
+        )
+        for model, head_matrix in cases
+    )
+
+
+@torch.no_grad()
+def shifts_in_added_biases_keep_the_function(ctx) -> float:
+    """The same change in the reference model, which has no biases, with and without matrices behind its norms.
+
+    Infinite where one of the three places has got no shift.
+    """
+    worst = 0.0
+    for norm_matrix in (False, True):
+        cfg = Config(a_bits=None, norm_matrix=norm_matrix, gradual=False, add_biases=True)
+        worst = max(worst, _change_of_output(ctx, ctx.reference(), cfg, n_shifts=3))
     return worst
 
 

@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from requant.reference_impls._anatomy import block_anatomies
-from requant.reference_impls._coded_cache import Coder, CoupledCache, use_windowed_attention
+from requant.reference_impls._coded_cache import CoupledCache, use_windowed_attention
+from requant.reference_impls._coder import Coder
 from requant.reference_impls._kmeans import relative_fall, weighted_kmeans
+from requant.reference_impls._logits import change_of_logits
 from requant.reference_impls.coupled_quantization import (
     Config,
     Samples,
@@ -42,20 +44,15 @@ def objective_rise(ctx) -> float:
 def error_with_enough_codes(ctx) -> float:
     """Largest change of a logit, relative to the largest logit, with 16 centroids for the 16 tokens they come from."""
     tokens, model = ctx.calib(1, 16), ctx.reference()
-    logits = model(tokens).logits
-    coded = quantize(model, tokens, Config(channels=4, code_bits=4))(tokens).logits
-    return float((coded - logits).abs().max() / logits.abs().max())
+    return change_of_logits(model, quantize(model, tokens, Config(channels=4, code_bits=4)), tokens)
 
 
 @torch.no_grad()
 def error_under_full_window(ctx) -> float:
     """Largest change of a logit, relative to the largest logit, at one bit under a window as long as the text."""
     tokens, model = ctx.test_windows(2)[:, :32], ctx.reference()
-    logits = model(tokens).logits
     cfg = Config(channels=4, code_bits=4, codebook="kmeans", window=32, max_iterations=1)
-    return float(
-        (quantize(model, ctx.calib(2, 32), cfg)(tokens).logits - logits).abs().max() / logits.abs().max()
-    )
+    return change_of_logits(model, quantize(model, ctx.calib(2, 32), cfg), tokens)
 
 
 @torch.no_grad()

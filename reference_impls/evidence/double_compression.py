@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import _quant
+from requant.reference_impls._logits import change_of_logits
 from requant.reference_impls._walk import decoder_blocks, named_linears
 from requant.reference_impls.double_compression import (
     Config,
@@ -58,9 +59,7 @@ def rescaling_keeps_the_function(ctx) -> float:
     """Largest change of a logit by rescaling alone, as a share of the largest logit."""
     model, tokens = ctx.reference("reference-outlier"), ctx.calib(8)
     scaled, _ = rescale(model, tokens, Config().scale_power)
-    with torch.no_grad():
-        plain, other = (network(tokens[:2]).logits for network in (model, scaled))
-    return float((plain - other).abs().max() / plain.abs().max())
+    return change_of_logits(model, scaled, tokens[:2])
 
 
 def _memory(ctx, slowdowns: Sequence[float]) -> list[tuple[float, float]]:

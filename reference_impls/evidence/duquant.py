@@ -17,6 +17,7 @@ from requant.reference_impls._anatomy import block_anatomies
 from requant.reference_impls._dual_transform import base_rotation, search_rotation, search_transform, zigzag
 from requant.reference_impls._hadamard import random_orthogonal
 from requant.reference_impls._learn import output_error
+from requant.reference_impls._logits import change_of_logits
 from requant.reference_impls._walk import Block, copy_model, walk_blocks
 from requant.reference_impls.duquant import (
     Config,
@@ -34,9 +35,7 @@ def transforms_keep_logits(ctx) -> float:
     """Largest change of a logit by smoothing, rotations and permutation, as a share of the largest logit."""
     model, tokens = ctx.reference("reference-outlier"), ctx.test_windows(2)
     changed = transform(model, ctx.calib(4), Config(max_rotation_step=4))
-    with torch.no_grad():
-        plain, logits = model(tokens).logits, changed(tokens).logits
-    return float((logits - plain).abs().max() / plain.abs().max())
+    return change_of_logits(model, changed, tokens)
 
 
 @torch.no_grad()

@@ -17,42 +17,65 @@ from requant.reference_impls import _dyadic, _learn
 from requant.reference_impls._activation import transform_attention
 from requant.reference_impls._anatomy import block_anatomies
 from requant.reference_impls._dyadic import Dyadic, constant
-from requant.reference_impls._integer_block import DIMatMul, di_clipped_softmax, di_exp, rotary_tables
+from requant.reference_impls._fsbr import Smoothing
+from requant.reference_impls._integer_operators import (
+    ChannelGrids,
+    DIMatMul,
+    DINorm,
+    di_clipped_softmax,
+    di_exp,
+    rotary_tables,
+)
+from requant.reference_impls._learn import next_token_loss
+from requant.reference_impls._logits import change_of_logits
 from requant.reference_impls._walk import copy_model, walk_blocks
-from requant.reference_impls.i_llm import Config, Smoothing, quantize, weight_codes
+from requant.reference_impls.evidence.omniquant import small_opt
+from requant.reference_impls.i_llm import Config, quantize, settle, weight_codes
 from requant.reference_impls.smoothquant import channel_peaks
 
 
 @torch.no_grad()
 def _any_factors(ctx, model: nn.Module, cfg: Config = Config()) -> Iterator[Smoothing]:  # noqa: B008 frozen
-    """Block by block, FSBR with its initial factors times random ones between 1/2 and 2, at every kind of site."""
+    """Block by block, FSBR with its initial factors times random ones between 1/2 and 2, at every kind of site.
+
+    Shifts, where there are any, move by a tenth of their largest.
+    """
     tokens, generator = ctx.calib(2), torch.Generator().manual_seed(ctx.seed)
     peaks = channel_peaks(model, tokens)
-    for block in walk_blocks(model, tokens):
+    for block in walk_blocks(model, tokens, propagate="both"):
         fsbr = Smoothing(block, model.config, peaks, cfg, quantizers=False)
         for s in fsbr.factors.values():
             s *= 2 ** (2 * torch.rand(s.shape, generator=generator) - 1)
+        for d in fsbr.shifts.values():
+            d += torch.randn(d.shape, generator=generator) * d.abs().max() / 10
         yield fsbr
 
 
 @torch.no_grad()
-def _change_of_logits(ctx, cfg: Config) -> float:
-    model, tokens = ctx.reference("reference-outlier"), ctx.test_windows(2)
-    plain = model(tokens).logits
-    for fsbr in _any_factors(ctx, model, cfg):
+def _change_of_logits(ctx, model: nn.Module, cfg: Config) -> float:
+    changed = copy_model(model)
+    for fsbr in _any_factors(ctx, changed, cfg):
         fsbr.smoothed().write()
-    return float((model(tokens).logits - plain).abs().max() / plain.abs().max())
+    return change_of_logits(model, changed, ctx.test_windows(2))
 
 
 def smoothing_keeps_the_function(ctx) -> float:
     """Largest change of a logit by all six kinds of factors, without rounding, as a share of the largest logit."""
-    return _change_of_logits(ctx, Config())
+    return _change_of_logits(ctx, ctx.reference("reference-outlier"), Config())
+
+
+def opt_smoothing_keeps_the_function(ctx) -> float:
+    """The same on a small OPT by the five kinds of factors that it has, and by shifts at norms and values."""
+    return _change_of_logits(ctx, small_opt(), Config())
 
 
 def query_key_factors(ctx) -> list[dict]:
     """The same change with the query-key factors of a rotary pair tied, and left free as the code does."""
     ways = {"tied": Config(), "free": Config(tie_rotary=False)}
-    return [{"name": name, "value": _change_of_logits(ctx, cfg)} for name, cfg in ways.items()]
+    return [
+        {"name": name, "value": _change_of_logits(ctx, ctx.reference("reference-outlier"), cfg)}
+        for name, cfg in ways.items()
+    ]
 
 
 def _integer_input(ctx, name: str, bits: int) -> tuple[Tensor, Dyadic]:
@@ -105,26 +128,123 @@ def no_float_inside_blocks(ctx) -> float:
             self.floats += any(isinstance(t, Tensor) and t.is_floating_point() for t in tree_leaves(out))
             return out
 
-    model, cfg = ctx.reference(), Config()
-    block = next(_any_factors(ctx, model)).settle(model.config)
-    x = _integer_input(ctx, "self_attn.q_proj", cfg.residual_bits)[1]
     angles = torch.arange(256)[None, :, None] / 10000 ** (torch.arange(64) % 32 / 32)
-    tables = rotary_tables(angles.cos(), angles.sin())
-    with torch.no_grad(), Count() as count:
-        y = block.run(x, tables, torch.ones(256, 256, dtype=torch.bool).tril())
-    return count.floats + float(any(t.is_floating_point() for t in (y.codes, y.zero_point, y.m, y.k)))
+    cases = ((ctx.reference(), rotary_tables(angles.cos(), angles.sin())), (small_opt(), ()))
+    floats, cfg = 0.0, Config(norm_bits=8)
+    for model, tables in cases:
+        block = settle(next(_any_factors(ctx, model, cfg)), model.config)
+        inputs = torch.randn(1, 256, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        x = _dyadic.from_float(inputs, cfg.residual_bits)
+        with torch.no_grad(), Count() as count:
+            y = block.run(x, tables, torch.ones(256, 256, dtype=torch.bool).tril())
+        floats += count.floats + any(t.is_floating_point() for t in (y.codes, y.zero_point, y.m, y.k))
+    return floats
+
+
+_W8A8 = Config(w_bits=8, a_bits=8, kv_bits=8, n_epochs=0)
 
 
 @torch.no_grad()
+def _cost_in_nats(ctx, cfg: Config) -> float:
+    """What a quantized reference model loses on 4 test windows, factors not trained."""
+    model, windows = ctx.reference(), ctx.test_windows(4)
+    losses = [
+        float(next_token_loss(network(windows).logits, windows))
+        for network in (quantize(model, ctx.calib(2), cfg), model)
+    ]
+    return losses[0] - losses[1]
+
+
 def cost_of_integers_at_8_bits(ctx) -> float:
     """Nats that W8A8 with every operator of the blocks on integers costs on 4 test windows, factors not trained."""
-    model, windows = ctx.reference(), ctx.test_windows(4)
-    quantized = quantize(model, ctx.calib(2), Config(w_bits=8, a_bits=8, kv_bits=8, n_epochs=0))
-    losses = []
-    for network in (quantized, model):
-        logits = network(windows).logits[:, :-1].flatten(0, 1)
-        losses.append(float(nn.functional.cross_entropy(logits, windows[:, 1:].flatten())))
-    return losses[0] - losses[1]
+    return _cost_in_nats(ctx, _W8A8)
+
+
+def cost_of_8_bit_norm_inputs(ctx) -> float:
+    """The same with 8-bit codes a channel as the inputs of norms, their ranges those of 2 calibration samples."""
+    return _cost_in_nats(ctx, replace(_W8A8, norm_bits=8))
+
+
+@torch.no_grad()
+def opt_on_integers(ctx) -> float:
+    """Relative change of the logits of a small random OPT by W8A8 with every operator of the blocks on integers.
+
+    On 32 tokens: its attention is nearly even, and 8-bit probabilities cannot be even over more than 128.
+    """
+    model, windows = small_opt(), ctx.test_windows(2)[:, :32]
+    plain = model(windows).logits
+    return float((quantize(model, ctx.calib(2), _W8A8)(windows).logits - plain).norm() / plain.norm())
+
+
+@torch.no_grad()
+def _norm_inputs(ctx) -> Iterator[tuple[nn.Module, Tensor, Tensor]]:
+    """(norm, inputs of calibration tokens, inputs of test tokens [n_tokens, hidden]) of two blocks; RMSNorm."""
+    model, seen = ctx.reference(), {}
+    names = [f"{i}.{kind}" for i in (0, 2) for kind in ("input_layernorm", "post_attention_layernorm")]
+    norms = {name: model.model.layers.get_submodule(name) for name in names}
+    for norm in norms.values():
+        norm.register_forward_pre_hook(
+            lambda norm, args: seen.setdefault(norm, []).append(args[0].flatten(0, 1))
+        )
+    for tokens in (ctx.calib(16), ctx.test_windows(4)):
+        model(tokens, use_cache=False)
+    for norm in norms.values():
+        yield norm, *seen[norm]
+
+
+@torch.no_grad()
+def _error_of_norm(norm: nn.Module, x: Dyadic, X: Tensor, grids: ChannelGrids | None = None) -> float:
+    """Relative error of DI-Norm on the codes x of X against the float norm on X."""
+    y, m, k = DINorm(norm, grids)(x)
+    exact = norm(X)
+    return float((y.double() * torch.ldexp(m.double(), -k.double()) - exact).norm() / exact.norm())
+
+
+@torch.no_grad()
+def norms_are_near_float(ctx) -> float:
+    """Largest relative error of RMSNorm and LayerNorm on integers, 16-bit codes a token, against floats.
+
+    On inputs as they are, and a thousandth of them, where eps decides.
+    """
+    generator, worst = torch.Generator().manual_seed(0), 0.0
+    for norm, _, X in _norm_inputs(ctx):
+        layer_norm = nn.LayerNorm(X.shape[1], eps=1e-5)
+        layer_norm.weight.copy_(norm.weight)
+        layer_norm.bias.copy_(torch.randn(X.shape[1], generator=generator))
+        for kind, inputs in ((norm, X), (norm, X / 1000), (layer_norm, X + X.std()), (layer_norm, X / 1000)):
+            worst = max(worst, _error_of_norm(kind, _dyadic.from_float(inputs, 16), inputs))
+    return worst
+
+
+@torch.no_grad()
+def _norm_errors(ctx, outlier: float) -> list[dict]:
+    """Relative error of DI-Norm on test tokens by the codes of its input, mean of four norms.
+
+    per_channel: 8 bits on static grids from calibration tokens; per_token: 8 bits a token; wide: 16 bits a token.
+
+    Args:
+        outlier: the first channel of the residual stream is so much larger, its gain in the norm so much smaller.
+    """
+    errors = {"per_channel": [], "per_token": [], "wide": []}
+    for norm, calib, X in _norm_inputs(ctx):
+        calib[:, 0] *= outlier
+        X[:, 0] *= outlier
+        norm.weight[0] /= outlier
+        x = _dyadic.from_float(X, 16)
+        errors["wide"].append(_error_of_norm(norm, x, X))
+        errors["per_channel"].append(_error_of_norm(norm, x, X, ChannelGrids.of(calib, 8)))
+        errors["per_token"].append(_error_of_norm(norm, _dyadic.from_float(X, 8), X))
+    return [{"name": name, "value": sum(values) / len(values)} for name, values in errors.items()]
+
+
+def norm_errors(ctx) -> list[dict]:
+    """`_norm_errors` on the residual stream as it is."""
+    return _norm_errors(ctx, 1.0)
+
+
+def norm_errors_with_an_outlier(ctx) -> list[dict]:
+    """`_norm_errors` with one channel of the residual stream 64 times as large."""
+    return _norm_errors(ctx, 64.0)
 
 
 def _probabilities(ctx, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.functional import linear as product
 
 from requant.reference_impls._float_grid import Format
-from requant.reference_impls.llm_fp4 import Config, search_linear
+from requant.reference_impls.llm_fp4 import Config, best_by_rows, channel_offsets, row_error, search_linear
 
 _ALL = [Format(bits - 1 - m, m) for bits in (4, 6, 8) for m in range(max(0, bits - 6), bits - 1)]
+_TWO = ("0.self_attn.q_proj", "1.self_attn.o_proj")
 
 
 def _random(n: int = 20000) -> Tensor:
@@ -69,6 +70,36 @@ def offsets_fold_into_weights(ctx) -> float:
     outside = product(given(X), W)
     moved = product(given.format.round(X * 2.0**k, given.B.min()), W * 2.0**-k)
     return float((outside - moved).abs().max() / outside.abs().max())
+
+
+def offsets_differ_by_one(ctx) -> float:
+    """Largest difference between offsets counted from rounded biases and as Eq. 15, over tensor biases and formats."""
+    X = ctx.layer("model.layers.1.self_attn.q_proj", "reference-outlier", 256)[2]
+    code, text, worst = Config(), Config(rounded_offsets=False), 0.0
+    for one in _ALL:
+        own = one.bias(X.abs().amax(0))
+        for rho in own.min() * torch.linspace(0.5, 1.2, 50):
+            apart = channel_offsets(rho, own, one, code) - channel_offsets(rho, own, one, text)
+            worst = max(worst, float(apart.abs().max()))
+    return worst
+
+
+def weights_fit_the_inputs(ctx) -> list[dict]:
+    """Error of the weights found above that of weights searched anew for the inputs found, as a share, by order.
+
+    One round, mean of two layers; the error is the search's own, on the 64 tokens it is given.
+    """
+    layers = [ctx.layer(f"model.layers.{name}", "reference-outlier", 64) for name in _TWO]
+    rows = []
+    for name, first in (("text", False), ("code", True)):
+        cfg, excess = Config(weights_first=first, n_grid=20, n_rounds=1), []
+        for W, _, X in layers:
+            weight, given = search_linear(W, X, X.abs().amax(0), cfg)
+            error = row_error(given(X), product(X, W))
+            best = best_by_rows(W, error, cfg)
+            excess.append(float(error(weight(W)).mean() / error(best(W)).mean()) - 1)
+        rows.append({"name": name, "value": sum(excess) / len(excess)})
+    return rows
 
 
 def tails_decide(ctx) -> list[dict]:

@@ -13,9 +13,11 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from requant.reference_impls import _quant
 from requant.reference_impls._anatomy import anatomy
-from requant.reference_impls._equivalence import Folded, query_key, sites
+from requant.reference_impls._equivalence import sites
+from requant.reference_impls._folded import Folded, query_key
 from requant.reference_impls._hessian import proxy_loss
 from requant.reference_impls._learn import output_error
+from requant.reference_impls._logits import change_of_logits
 from requant.reference_impls._walk import Block, copy_model, walk_blocks
 from requant.reference_impls.omniquant import BlockLearner, Config, quantize_weight
 
@@ -38,8 +40,7 @@ def _change_of_logits(model: nn.Module, tokens: Tensor, tied: bool) -> float:
         s = random(pair.k.out_features)[0]
         pair.fold_into(now, pair.tie(s) if tied else s)
         now.write()
-    plain, logits = (net(tokens[:2]).logits for net in (model, changed))
-    return float((plain - logits).abs().max() / plain.abs().max())
+    return change_of_logits(model, changed, tokens[:2])
 
 
 def small_opt() -> nn.Module:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from requant.reference_impls._logits import change_of_logits
 from requant.reference_impls._ranges import round_between, token_range
 from requant.reference_impls._thresholds import scale_of, shift_of, thresholds
 from requant.reference_impls.outlier_suppression_plus import Config, migrate, quantize_weight, search_scale
@@ -18,8 +19,7 @@ def migration_keeps_logits(ctx) -> float:
     """Largest change of a logit by shifts and scales alone, all sites included, as a share of the largest logit."""
     model, tokens = ctx.reference("reference-outlier"), ctx.calib(2)
     cfg = Config(scale_down=True, n_grid=4, max_step=None)
-    plain, migrated = (net(tokens).logits for net in (model, migrate(model, tokens, cfg)))
-    return float((plain - migrated).abs().max() / plain.abs().max())
+    return change_of_logits(model, migrate(model, tokens, cfg), tokens)
 
 
 def channels_are_centred_and_bounded(ctx) -> float:

@@ -15,7 +15,7 @@ from requant.reference_impls._activation import transform_attention
 from requant.reference_impls._anatomy import block_anatomies
 from requant.reference_impls._hadamard import hadamard_matrix, hadamard_transform
 from requant.reference_impls._learn import next_token_loss
-from requant.reference_impls._rotation import stream_ends
+from requant.reference_impls._stream_ends import stream_ends
 from requant.reference_impls._walk import decoder_blocks, named_linears
 from requant.reference_impls.quarot import (
     Config,

@@ -11,14 +11,14 @@ from torch import Tensor
 from requant.reference_impls import _quant
 from requant.reference_impls._clusters import Ranges, Rounding, cluster, grid
 from requant.reference_impls._hessian import proxy_loss
+from requant.reference_impls._logits import change_of_logits
 from requant.reference_impls.rptq import Config, reorder, round_weight
 
 
 def reordering_keeps_logits(ctx) -> float:
     """Largest change of a logit when norms, values and the MLP's inner channels are reordered, over the largest."""
     model, tokens = ctx.reference("reference-outlier"), ctx.calib(4)
-    plain, moved = (net(tokens).logits for net in (model, reorder(model, tokens, Config(kmeans_restarts=2))))
-    return float((plain - moved).abs().max() / plain.abs().max())
+    return change_of_logits(model, reorder(model, tokens, Config(kmeans_restarts=2)), tokens)
 
 
 def _seen(ctx, name: str, n_tokens: int = 1024) -> tuple[Tensor, Tensor, Ranges, Tensor]:

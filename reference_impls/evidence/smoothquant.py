@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from requant.reference_impls import _quant
 from requant.reference_impls._anatomy import block_anatomies
+from requant.reference_impls._logits import change_of_logits
 from requant.reference_impls.smoothquant import (
     Config,
     activation_rounding,
@@ -37,9 +38,7 @@ def _out_of_reach(model: nn.Module) -> list[list[nn.Linear]]:
 def smoothing_keeps_the_function(ctx) -> float:
     """Largest change of a logit by smoothing alone, as a share of the largest logit (Eq. 3)."""
     model, tokens = ctx.reference("reference-outlier"), ctx.calib(8)
-    with torch.no_grad():
-        plain, smoothed = (net(tokens[:2]).logits for net in (model, smooth(model, tokens, 0.5)))
-    return float((plain - smoothed).abs().max() / plain.abs().max())
+    return change_of_logits(model, smooth(model, tokens, 0.5), tokens[:2])
 
 
 def half_equalizes_the_maxima(ctx) -> float:
