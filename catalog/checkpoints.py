@@ -80,8 +80,9 @@ def quantize(
     Raises: NotHere, naming method and model, for a structure that it does not know; where there is no calibration set
         and the method needs one.
     """
+    from requant.reference_impls._offload import activations_in
     from requant.reference_impls._quant import QuantizationError
-    from requant.reference_impls._walk import UnsupportedModelError, activations_in
+    from requant.reference_impls._walk import UnsupportedModelError
 
     try:
         with activations_in(offload_dir):

@@ -3,52 +3,22 @@
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from requant.reference_impls._calib import Calib, batches_of, check_calib
 from requant.reference_impls._hessian import gram
+from requant.reference_impls._offload import kept
 from requant.reference_impls._quant import QuantizationError
-from requant.reference_impls._residence import FILES, HALF, away, homes_of_a_copy, mapped, placed, visit
-
-Calib = Tensor | Sequence[Tensor]  # int64 [n_samples, seqlen], or several of different lengths
+from requant.reference_impls._residence import FILES, HALF, away, homes_of_a_copy, placed, visit
 
 
 class UnsupportedModelError(QuantizationError):
     """A method does not know the structure of a model; the message names both."""
-
-
-_OFFLOAD: ContextVar[Path | None] = ContextVar("offload", default=None)
-
-
-@contextmanager
-def activations_in(folder: str | Path | None) -> Iterator[None]:
-    """Inside, walks keep the hidden states between blocks in files of this folder; None: in memory, as outside.
-
-    Such tensors are mapped files: the system writes them out when memory is short, and nothing else changes. The files
-    have no name, so that they vanish with the process.
-    Raises: QuantizationError if the folder cannot be written.
-    """
-    if folder is not None and not (Path(folder).is_dir() and os.access(folder, os.W_OK)):
-        raise QuantizationError(f"the folder for activations, {folder}, does not exist or cannot be written")
-    token = _OFFLOAD.set(None if folder is None else Path(folder))
-    try:
-        yield
-    finally:
-        _OFFLOAD.reset(token)
-
-
-def _kept(hidden: Tensor) -> Tensor:
-    """The same values, in a file if `activations_in` says so."""
-    folder = _OFFLOAD.get()
-    return hidden if folder is None else mapped(hidden, folder)
 
 
 class _Stop(Exception):
@@ -139,7 +109,7 @@ class Block:
 
     def run(self) -> list[Tensor]:
         """Outputs of the block as it now is, for every batch of inputs."""
-        return [_kept(self.forward(batch)) for batch in self.inputs]
+        return [kept(self.forward(batch)) for batch in self.inputs]
 
     def forward(self, batch: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Output of the block for hidden states [n, seqlen, hidden].
@@ -239,7 +209,7 @@ def walk_blocks(
     batches = batches_of(calib, batch_size)
     kwargs = {batch.shape[1]: batch for batch in batches}  # one batch of each length
     kwargs = {length: _block_kwargs(model, blocks, batch) for length, batch in kwargs.items()}
-    inputs = [_kept(_full(_first_input(model, blocks[0], batch))) for batch in batches]
+    inputs = [kept(_full(_first_input(model, blocks[0], batch))) for batch in batches]
     originals = inputs
     for index in range(len(blocks)):
         with _at_hand(blocks, index) as module:
@@ -247,7 +217,7 @@ def walk_blocks(
             block = Block(index, names[id(module)], module, inputs, kwargs_of[batches[0].shape[1]], kwargs_of)
             if propagate == "both":
                 block.original_inputs = originals
-                originals = block.targets = [_kept(block.forward(batch)) for batch in originals]
+                originals = block.targets = [kept(block.forward(batch)) for batch in originals]
             ahead = block.run() if propagate == "original" else None
             yield block
         if index + 1 < len(blocks):
@@ -255,32 +225,6 @@ def walk_blocks(
                 with visit(block.module):
                     ahead = block.run()
             inputs = ahead
-
-
-def check_calib(calib: Calib | None, several_lengths: bool = False) -> None:
-    """Raise QuantizationError unless calib is a non-empty int64 [n_samples, seqlen], or a list of such if allowed."""
-    if calib is None:
-        raise QuantizationError("this method needs calibration data: pass calib as int64 [n_samples, seqlen]")
-    if not isinstance(calib, Tensor):
-        if not several_lengths:
-            raise QuantizationError(
-                f"this method needs samples of one length; these have {len(calib)} lengths"
-            )
-        for part in calib:
-            check_calib(part)
-        if len(calib):
-            return
-        raise QuantizationError("calib is an empty list")
-    if calib.ndim != 2 or calib.dtype != torch.int64 or not calib.numel():
-        raise QuantizationError(
-            f"calib must be int64 [n_samples, seqlen], got {calib.dtype} {list(calib.shape)}"
-        )
-
-
-def batches_of(calib: Calib, size: int) -> list[Tensor]:
-    """Calibration samples in batches of at most `size`, each of one length."""
-    parts = [calib] if isinstance(calib, Tensor) else calib
-    return [batch for part in parts for batch in part.split(size)]
 
 
 def _full(value: Any) -> Any:
@@ -312,12 +256,12 @@ def _block_kwargs(model: nn.Module, blocks: nn.ModuleList, batch: Tensor) -> lis
 
     Without padding these depend on the sequence length alone.
     """
-    kept: list[dict] = [{} for _ in blocks]
+    seen: list[dict] = [{} for _ in blocks]
     handles = []
     for index, block in enumerate(blocks):
 
         def keep(_module: nn.Module, args: tuple, kwargs: dict, index: int = index) -> None:
-            kept[index] = {key: _full(value) for key, value in kwargs.items() if key != "hidden_states"}
+            seen[index] = {key: _full(value) for key, value in kwargs.items() if key != "hidden_states"}
             if len(args) > 1:
                 raise UnsupportedModelError(
                     f"{type(_module).__name__} takes positional arguments beyond hidden states"
@@ -329,4 +273,4 @@ def _block_kwargs(model: nn.Module, blocks: nn.ModuleList, batch: Tensor) -> lis
     finally:
         for handle in handles:
             handle.remove()
-    return kept
+    return seen

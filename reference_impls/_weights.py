@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls._anatomy import anatomy
-from requant.reference_impls._walk import Block, Calib, copy_model, named_linears, visit_blocks, walk_blocks
+from requant.reference_impls._calib import Calib
+from requant.reference_impls._walk import Block, copy_model, named_linears, visit_blocks, walk_blocks
 
 LayerQuantizer = Callable[
     [Tensor, Tensor | None], Tensor

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from requant.reference_impls import _quant, gptq
 from requant.reference_impls._activation import QuantInput
 from requant.reference_impls._anatomy import anatomy, require_pre_norm
+from requant.reference_impls._calib import check_calib
 from requant.reference_impls._equivalence import Site, sites
 from requant.reference_impls._hessian import proxy_loss
 from requant.reference_impls._logits import change_of_logits
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._walk import (
-    check_calib,
     copy_model,
     decoder_blocks,
     named_linears,

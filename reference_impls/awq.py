@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from requant.reference_impls import _quant, _walk, gptq
 from requant.reference_impls._anatomy import require_pre_norm
+from requant.reference_impls._calib import check_calib
 from requant.reference_impls._hessian import gram
 from requant.reference_impls._pairs import Pair, observed_pairs, output_error
 from requant.reference_impls._quant import QuantizationError
@@ -179,7 +180,7 @@ def transform(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
 
     Every block is searched on the inputs the full-precision blocks before it give.
     """
-    _walk.check_calib(calib)
+    check_calib(calib)
     require_pre_norm(model)
     model = _walk.copy_model(model)
     for block in walk_blocks(model, calib[: cfg.search_samples], propagate="original"):

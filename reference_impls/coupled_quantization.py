@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig
 
 from requant.reference_impls import _quant
 from requant.reference_impls._anatomy import block_anatomies
+from requant.reference_impls._calib import check_calib
 from requant.reference_impls._coded_cache import (
     CodedAttention,
     Tables,
@@ -32,7 +33,7 @@ from requant.reference_impls._coded_cache import (
 from requant.reference_impls._coder import ELEMENTS, Coder
 from requant.reference_impls._kmeans import weighted_kmeans
 from requant.reference_impls._quant import QuantizationError, check_choices
-from requant.reference_impls._walk import check_calib, copy_model, require_whole
+from requant.reference_impls._walk import copy_model, require_whole
 
 Samples = tuple[Tensor, Tensor]  # vectors [n_tokens, n_groups, c], weights [n_tokens, n_groups]
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from requant.reference_impls import _quant, _walk, gptq
 from requant.reference_impls._anatomy import anatomy
+from requant.reference_impls._calib import check_calib
 from requant.reference_impls._quant import QuantizationError, pack_bits, unpack_bits
-from requant.reference_impls._walk import check_calib, copy_model, decoder_blocks, named_linears
+from requant.reference_impls._walk import copy_model, decoder_blocks, named_linears
 from requant.reference_impls._weights import sequential_stages
 
 TINY = {"ranks_attention": (1, 4, 8), "ranks_mlp": (1, 4, 8)}

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from requant.reference_impls import _quant
 from requant.reference_impls._activation import wrap_linears
 from requant.reference_impls._anatomy import anatomy, require_pre_norm
+from requant.reference_impls._calib import check_calib
 from requant.reference_impls._equivalence import sites
 from requant.reference_impls._quant import QuantizationError
-from requant.reference_impls._walk import check_calib, copy_model, named_linears, visit_blocks
+from requant.reference_impls._walk import copy_model, named_linears, visit_blocks
 from requant.reference_impls.smoothquant import channel_peaks
 
 _FLOOR = 1e-5  # lower clamp of activation maxima

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import _quant
+from requant.reference_impls._calib import Calib, check_calib
 from requant.reference_impls._hessian import damped, inverse_cholesky, proxy_loss
-from requant.reference_impls._walk import Calib, check_calib
 from requant.reference_impls._weights import quantize_blockwise
 
 

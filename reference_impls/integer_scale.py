@@ -21,16 +21,10 @@ from torch import Tensor, nn
 from requant.reference_impls import _quant, awq, quarot
 from requant.reference_impls._activation import bare
 from requant.reference_impls._anatomy import anatomy
+from requant.reference_impls._calib import check_calib
 from requant.reference_impls._group_codes import BASES, base_codes, clipped_codes
 from requant.reference_impls._quant import QuantizationError, check_choices
-from requant.reference_impls._walk import (
-    check_calib,
-    copy_model,
-    named_linears,
-    replace_module,
-    visit_blocks,
-    walk_blocks,
-)
+from requant.reference_impls._walk import copy_model, named_linears, replace_module, visit_blocks, walk_blocks
 
 
 @dataclass(frozen=True)

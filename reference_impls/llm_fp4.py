@@ -22,11 +22,12 @@ from torch.nn.functional import linear as product
 
 from requant.reference_impls import _quant
 from requant.reference_impls._activation import QuantInput
+from requant.reference_impls._calib import check_calib
 from requant.reference_impls._float_grid import Biases, Format, first_format, formats, stored
 from requant.reference_impls._quant import QuantizationError
 from requant.reference_impls._residence import visit
 from requant.reference_impls._stream_ends import untie_head
-from requant.reference_impls._walk import check_calib, copy_model, named_linears, replace_module, walk_blocks
+from requant.reference_impls._walk import copy_model, named_linears, replace_module, walk_blocks
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import _quant, gptq, quip
+from requant.reference_impls._calib import check_calib
 from requant.reference_impls._hessian import coordinate_sweep, damped
 from requant.reference_impls._quant import QuantizationError, check_choices
-from requant.reference_impls._walk import check_calib, copy_model, named_linears, walk_blocks
+from requant.reference_impls._walk import copy_model, named_linears, walk_blocks
 from requant.reference_impls._weights import quantize_blockwise
 
 ERROR_FLOOR = 0.05  # the preprocessed weight is what is rounded, at any width

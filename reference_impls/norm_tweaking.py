@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from requant.reference_impls import _quant, gptq, rtn, smoothquant
 from requant.reference_impls._activation import wrap_linears
+from requant.reference_impls._calib import check_calib
 from requant.reference_impls._generate import write_text
 from requant.reference_impls._learn import descend, in_order, samples
 from requant.reference_impls._quant import QuantizationError, check_choices
@@ -30,7 +31,6 @@ from requant.reference_impls._straight_through import straight_through
 from requant.reference_impls._walk import (
     Block,
     UnsupportedModelError,
-    check_calib,
     copy_model,
     decoder_blocks,
     named_linears,

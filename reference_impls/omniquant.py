@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from requant.reference_impls import _quant
 from requant.reference_impls._activation import transform_attention, wrap_linears
 from requant.reference_impls._anatomy import anatomy, require_pre_norm
+from requant.reference_impls._calib import check_calib
 from requant.reference_impls._equivalence import Site, channel_ranges, sites
 from requant.reference_impls._folded import Folded, query_key
 from requant.reference_impls._learn import descend, floored, reconstruct
 from requant.reference_impls._straight_through import ClippingStrengths, token_ste
-from requant.reference_impls._walk import Block, check_calib, copy_model, named_linears, walk_blocks
+from requant.reference_impls._walk import Block, copy_model, named_linears, walk_blocks
 from requant.reference_impls.smoothquant import smoothing_factors
 
 ERROR_FLOOR = 0.01  # ranges start clipped to 0.982

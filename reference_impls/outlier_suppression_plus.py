@@ -25,18 +25,13 @@ from torch.nn.functional import linear as product
 from requant.reference_impls import _quant
 from requant.reference_impls._activation import one_each, transform_attention, transform_inputs
 from requant.reference_impls._anatomy import BlockAnatomy, anatomy, require_pre_norm
+from requant.reference_impls._calib import check_calib
 from requant.reference_impls._equivalence import Site, sites
 from requant.reference_impls._probes import Probe, outputs_behind, replace_linears
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._ranges import RangeRounding, round_between
 from requant.reference_impls._thresholds import scale_of, shift_of, thresholds
-from requant.reference_impls._walk import (
-    UnsupportedModelError,
-    check_calib,
-    copy_model,
-    visit_blocks,
-    walk_blocks,
-)
+from requant.reference_impls._walk import UnsupportedModelError, copy_model, visit_blocks, walk_blocks
 
 
 @dataclass(frozen=True)

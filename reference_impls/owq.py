@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import _quant, gptq
+from requant.reference_impls._calib import check_calib
 from requant.reference_impls._clip_search import search_grid_and_zero, search_symmetric_grid
 from requant.reference_impls._learn import descend, in_order, next_token_loss
 from requant.reference_impls._outliers import (
@@ -31,7 +32,7 @@ from requant.reference_impls._outliers import (
     top_columns,
 )
 from requant.reference_impls._quant import QuantizationError
-from requant.reference_impls._walk import check_calib, decoder_blocks, named_linears, replace_module
+from requant.reference_impls._walk import decoder_blocks, named_linears, replace_module
 from requant.reference_impls._weights import quantize_blockwise
 
 TINY = {"n_columns": 4, "n_grid": 10, "coarse_grid": 10}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from requant.reference_impls import _quant, gptq
 from requant.reference_impls._activation import transform_attention, transform_inputs
 from requant.reference_impls._anatomy import BlockAnatomy, anatomy, block_anatomies, heads
+from requant.reference_impls._calib import check_calib
 from requant.reference_impls._clip_search import grid_of_share, search_grid
 from requant.reference_impls._hadamard import (
     hadamard_matrix,
@@ -39,7 +40,6 @@ from requant.reference_impls._rotation import (
 from requant.reference_impls._stream_ends import stream_ends
 from requant.reference_impls._walk import (
     UnsupportedModelError,
-    check_calib,
     copy_model,
     decoder_blocks,
     named_linears,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from requant.reference_impls import _quant, gptq, smoothquant
 from requant.reference_impls._activation import QuantInput
 from requant.reference_impls._anatomy import anatomy
+from requant.reference_impls._calib import check_calib
 from requant.reference_impls._clip_search import grid_of_share, search_grid
 from requant.reference_impls._outliers import (
     column_bits,
@@ -30,7 +31,7 @@ from requant.reference_impls._outliers import (
     top_columns,
 )
 from requant.reference_impls._quant import QuantizationError
-from requant.reference_impls._walk import check_calib, copy_model, replace_module, walk_blocks
+from requant.reference_impls._walk import copy_model, replace_module, walk_blocks
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from torch.nn.functional import mse_loss
 from torch.optim.lr_scheduler import LinearLR
 
 from requant.reference_impls import _quant
+from requant.reference_impls._calib import check_calib
 from requant.reference_impls._learn import SignSGD, at_random, descend, samples
 from requant.reference_impls._straight_through import affine_ste, round_ste, straight_through
-from requant.reference_impls._walk import check_calib, copy_model, named_linears, walk_blocks
+from requant.reference_impls._walk import copy_model, named_linears, walk_blocks
 
 TINY = {"n_iters": 50}  # with ten steps of 0.1 rounding to nearest is the best a layer sees
 

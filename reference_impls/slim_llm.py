@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import _group_grid, _mixed, _quant, gptq
+from requant.reference_impls._calib import check_calib
 from requant.reference_impls._clipping import MixedClippedWeight, learn_ranges
 from requant.reference_impls._hessian import damped, inverse_cholesky
 from requant.reference_impls._quant import QuantizationError, check_choices
-from requant.reference_impls._walk import Block, check_calib, copy_model, named_linears, walk_blocks
+from requant.reference_impls._walk import Block, copy_model, named_linears, walk_blocks
 from requant.reference_impls._width_search import OBJECTIVES, WidthSearch, group_salience
 
 TINY = {"w_bits": 3, "group_size": 16, "n_grid": 10}

@@ -21,13 +21,11 @@ from torch import Tensor, nn
 from requant.reference_impls import _quant
 from requant.reference_impls._activation import QuantInput
 from requant.reference_impls._anatomy import anatomy, fold_channel_scale, require_pre_norm
+from requant.reference_impls._calib import Calib, batches_of, check_calib
 from requant.reference_impls._equivalence import Site, sites
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._walk import (
-    Calib,
     UnsupportedModelError,
-    batches_of,
-    check_calib,
     copy_model,
     decoder_blocks,
     named_linears,

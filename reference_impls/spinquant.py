@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from requant.reference_impls import _quant, quarot
 from requant.reference_impls._activation import bare, transform_attention, transform_inputs
 from requant.reference_impls._anatomy import anatomy, block_anatomies, heads
+from requant.reference_impls._calib import check_calib
 from requant.reference_impls._hadamard import (
     hadamard_transform,
     has_hadamard,
@@ -40,13 +41,7 @@ from requant.reference_impls._rotation import (
 )
 from requant.reference_impls._straight_through import straight_through
 from requant.reference_impls._stream_ends import stream_ends
-from requant.reference_impls._walk import (
-    UnsupportedModelError,
-    check_calib,
-    copy_model,
-    require_whole,
-    visit_blocks,
-)
+from requant.reference_impls._walk import UnsupportedModelError, copy_model, require_whole, visit_blocks
 from requant.reference_impls._weights import quantize_blockwise, quantize_linears
 
 TINY = {"steps": 2, "batch_size": 2}

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import _mixed, _quant, gptq
+from requant.reference_impls._calib import check_calib
 from requant.reference_impls._hessian import damped, inverse_cholesky
 from requant.reference_impls._outliers import entry_bits, pack_entries, place_entries
 from requant.reference_impls._quant import QuantizationError
-from requant.reference_impls._walk import check_calib
 from requant.reference_impls._weights import quantize_blockwise
 
 TINY = {"high_fraction": 0.25, "align_groups": 4}

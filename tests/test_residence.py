@@ -24,10 +24,10 @@ from requant.catalog.loader import load_catalog
 from requant.catalog.reference.models import load_tokenizer
 from requant.catalog.spread import NoRoom, load_spread
 from requant.reference_impls import _residence
+from requant.reference_impls._offload import activations_in
 from requant.reference_impls._residence import FILES, away, placed, visit
 from requant.reference_impls._walk import (
     UnsupportedModelError,
-    activations_in,
     copy_model,
     decoder_blocks,
     visit_blocks,

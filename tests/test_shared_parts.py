@@ -15,17 +15,12 @@ from transformers import AutoModelForCausalLM, BloomConfig, OPTConfig
 from requant.reference_impls import _quant
 from requant.reference_impls._activation import transform_attention
 from requant.reference_impls._anatomy import anatomy, block_anatomies, fold_channel_scale, require_pre_norm
+from requant.reference_impls._calib import check_calib
 from requant.reference_impls._equivalence import add_missing_biases, sites
 from requant.reference_impls._folded import Folded
 from requant.reference_impls._hessian import damped, gram, inverse_cholesky
 from requant.reference_impls._quant import QuantizationError
-from requant.reference_impls._walk import (
-    UnsupportedModelError,
-    check_calib,
-    decoder_blocks,
-    named_linears,
-    walk_blocks,
-)
+from requant.reference_impls._walk import UnsupportedModelError, decoder_blocks, named_linears, walk_blocks
 
 
 @pytest.fixture(params=FAMILIES, scope="module")
