@@ -36,6 +36,11 @@ def saved(folder: Path) -> dict[tuple[str, str], dict]:
     return {(p.stem, c): row for p in folder.glob("*.json") for c, row in ledger.read(p.stem, folder).items()}
 
 
+def _hears_interrupts() -> None:
+    """Undo what a shell does to jobs in its background, where these tests may run: they ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs signals")
 @pytest.mark.parametrize(("jobs", "how"), [(1, "SIGKILL"), (2, "SIGKILL"), (1, "SIGINT")])
 def test_a_run_that_is_killed_keeps_what_it_reported(tmp_path: Path, jobs: int, how: str) -> None:
@@ -48,7 +53,9 @@ def test_a_run_that_is_killed_keeps_what_it_reported(tmp_path: Path, jobs: int, 
     ]  # two counts of bits, then orderings of some seconds; one count
     call = [*COMMAND, *names, "--save", "--measured", tmp_path, "--jobs", str(jobs)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    with subprocess.Popen(call, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        call, stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=_hears_interrupts
+    ) as process:
         printed = []
         for line in process.stdout:
             printed += LINE.findall(line)
