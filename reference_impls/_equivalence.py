@@ -7,7 +7,7 @@ SmoothQuant and AWQ scale, Outlier Suppression+ and OmniQuant scale and shift, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls._anatomy import BlockAnatomy, anatomy, heads, scale_norm
-from requant.reference_impls._folded import Folded
+from requant.reference_impls._folded import Folded, QueryKey
+from requant.reference_impls._learn import floored
 from requant.reference_impls._quant import QuantizationError
 from requant.reference_impls._walk import Block, replace_module
 
@@ -215,3 +216,27 @@ def channel_ranges(block: Block, site: Site) -> tuple[Tensor, Tensor]:
     for latest in others:
         middle = 0.99 * middle + 0.01 * latest
     return samples.abs().amax((0, 1)), middle
+
+
+def folded(
+    root: nn.Module,
+    places: Iterable[Site],
+    pair: QueryKey | None,
+    scales: Mapping[str, Tensor],
+    shifts: Mapping[str, Tensor],
+    cfg,
+) -> Folded:
+    """A block with the learned scales and shifts of its sites and of its query-key pair folded in; differentiable.
+
+    Args:
+        scales, shifts: by site, and scales["query_key"] if there is a pair; sites without a shift have none.
+        cfg: what has min_scale, the least magnitude of a scale, and tie_rotary.
+    """
+    now = Folded(root)
+    for site in places:
+        shift = shifts.get(site.name, None)
+        site.fold_into(now, floored(scales[site.name], cfg.min_scale), shift)
+    if pair is not None:
+        s = floored(scales["query_key"], cfg.min_scale)
+        pair.fold_into(now, pair.tie(s) if cfg.tie_rotary else s)
+    return now

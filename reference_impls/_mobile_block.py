@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls._anatomy import anatomy, gain_offset
-from requant.reference_impls._equivalence import sites
+from requant.reference_impls._equivalence import folded, sites
 from requant.reference_impls._folded import Folded, query_key
-from requant.reference_impls._learn import floored
 from requant.reference_impls._static_ranges import StaticRange
 from requant.reference_impls._straight_through import ClippingStrengths
 from requant.reference_impls._walk import Block, named_linears
@@ -42,13 +41,7 @@ class MobileBlock(nn.Module):
 
     def transformed(self) -> Folded:
         """The block with its scales folded in (Sec. 3.2), unrounded."""
-        now = Folded(self.block.module)
-        for site in self.sites:
-            site.fold_into(now, floored(self.scales[site.name], self.cfg.min_scale))
-        if self.pair is not None:
-            s = floored(self.scales["query_key"], self.cfg.min_scale)
-            self.pair.fold_into(now, self.pair.tie(s) if self.cfg.tie_rotary else s)
-        return now
+        return folded(self.block.module, self.sites, self.pair, self.scales, {}, self.cfg)
 
     def rounded(self) -> Folded:
         """`transformed` with rounded weights."""

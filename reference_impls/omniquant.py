@@ -23,9 +23,9 @@ from requant.reference_impls import _quant
 from requant.reference_impls._activation import transform_attention, wrap_linears
 from requant.reference_impls._anatomy import anatomy, require_pre_norm
 from requant.reference_impls._calib import check_calib
-from requant.reference_impls._equivalence import Site, channel_ranges, sites
+from requant.reference_impls._equivalence import Site, channel_ranges, folded, sites
 from requant.reference_impls._folded import Folded, query_key
-from requant.reference_impls._learn import descend, floored, reconstruct
+from requant.reference_impls._learn import descend, reconstruct
 from requant.reference_impls._straight_through import ClippingStrengths, token_ste
 from requant.reference_impls._walk import Block, copy_model, named_linears, walk_blocks
 from requant.reference_impls.smoothquant import smoothing_factors
@@ -112,14 +112,7 @@ class BlockLearner(nn.Module):
 
     def transformed(self) -> Folded:
         """The block with scales and shifts folded in (Eq. 3 and 5), unrounded."""
-        now = Folded(self.block.module)
-        for site in self.sites:
-            shift = self.shifts.get(site.name, None)
-            site.fold_into(now, floored(self.scales[site.name], self.cfg.min_scale), shift)
-        if self.pair is not None:
-            s = floored(self.scales["query_key"], self.cfg.min_scale)
-            self.pair.fold_into(now, self.pair.tie(s) if self.cfg.tie_rotary else s)
-        return now
+        return folded(self.block.module, self.sites, self.pair, self.scales, self.shifts, self.cfg)
 
     def rounded(self) -> Folded:
         """`transformed` with rounded weights (Eq. 2)."""

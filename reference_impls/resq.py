@@ -108,10 +108,15 @@ def bases_of(model: nn.Module, calib: Tensor, cfg: Config) -> Bases:
     if not cfg.train_rotations:
         return bases
     require_whole(model, "resq with train_rotations")
+    return trained(rounded_flow(model, bases, cfg), bases, calib.to(model.device), cfg)
+
+
+def rounded_flow(model: nn.Module, bases: Bases, cfg: Config) -> nn.Module:
+    """A float32 copy of a model with fused norms that has the bases, activations and cache rounded, weights not."""
     rounded = copy_model(model).float()
     fold(rounded, bases)
-    quantize_flow(rounded, cfg)  # but not the weights
-    return trained(rounded, bases, calib.to(model.device), cfg)
+    quantize_flow(rounded, cfg)
+    return rounded
 
 
 # --- quantizers -----------------------------------------------------------------------------------------------------

@@ -26,8 +26,7 @@ from requant.reference_impls._integer_operators import (
     di_exp,
     rotary_tables,
 )
-from requant.reference_impls._learn import next_token_loss
-from requant.reference_impls._logits import change_of_logits
+from requant.reference_impls._logits import change_of_logits, cost_in_nats
 from requant.reference_impls._walk import copy_model, walk_blocks
 from requant.reference_impls.evidence.omniquant import small_opt
 from requant.reference_impls.i_llm import Config, quantize, settle, weight_codes
@@ -148,11 +147,7 @@ _W8A8 = Config(w_bits=8, a_bits=8, kv_bits=8, n_epochs=0)
 def _cost_in_nats(ctx, cfg: Config) -> float:
     """What a quantized reference model loses on 4 test windows, factors not trained."""
     model, windows = ctx.reference(), ctx.test_windows(4)
-    losses = [
-        float(next_token_loss(network(windows).logits, windows))
-        for network in (quantize(model, ctx.calib(2), cfg), model)
-    ]
-    return losses[0] - losses[1]
+    return cost_in_nats(model, quantize(model, ctx.calib(2), cfg), windows)
 
 
 def cost_of_integers_at_8_bits(ctx) -> float:

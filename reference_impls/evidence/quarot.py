@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from requant.reference_impls._activation import transform_attention
 from requant.reference_impls._anatomy import block_anatomies
 from requant.reference_impls._hadamard import hadamard_matrix, hadamard_transform
-from requant.reference_impls._learn import next_token_loss
+from requant.reference_impls._logits import cost_in_nats
 from requant.reference_impls._stream_ends import stream_ends
 from requant.reference_impls._walk import decoder_blocks, named_linears
 from requant.reference_impls.quarot import (
@@ -41,11 +41,8 @@ def rotation_keeps_logits(ctx) -> float:
 def centring_costs_little(ctx) -> float:
     """Change of the loss of reference on 8 test windows, in nats, by centred embeddings; nothing is rounded."""
     model, tokens = ctx.reference(), ctx.test_windows(8)
-    losses = (
-        next_token_loss(rotate(model, Config(centre_embeddings=each))(tokens).logits, tokens)
-        for each in (False, True)
-    )
-    return abs(float(next(losses) - next(losses)))
+    kept, centred = (rotate(model, Config(centre_embeddings=each)) for each in (False, True))
+    return abs(cost_in_nats(kept, centred, tokens))
 
 
 def hadamard_is_orthogonal(ctx) -> float:

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from requant.reference_impls._activation import bare
 from requant.reference_impls._anatomy import block_anatomies
-from requant.reference_impls._bases import Bases, find_bases, fold, learnable, mixing
+from requant.reference_impls._bases import Bases, find_bases, learnable, mixing
 from requant.reference_impls._hadamard import random_orthogonal
 from requant.reference_impls._learn import next_token_loss
+from requant.reference_impls._logits import cost_in_nats
 from requant.reference_impls._moments import Moments, collect
 from requant.reference_impls._rotation import fuse_norms
 from requant.reference_impls._stiefel import skew_direction
 from requant.reference_impls._walk import copy_model, walk_blocks
-from requant.reference_impls.resq import Config, bases_of, quantize_flow, quantize_parts, rotate
+from requant.reference_impls.resq import Config, bases_of, quantize_parts, rotate, rounded_flow
 
 
 def _fused(model: nn.Module) -> nn.Module:
@@ -52,19 +53,8 @@ def basis_changes_keep_logits(ctx) -> float:
 def centring_costs_little(ctx) -> float:
     """Change of the loss of reference on 8 test windows, in nats, by centred embeddings; nothing is rounded."""
     model, tokens, calib = ctx.reference(), ctx.test_windows(8), ctx.calib(4)
-    losses = (
-        next_token_loss(rotate(model, calib, Config(centre_embeddings=each))(tokens).logits, tokens)
-        for each in (False, True)
-    )
-    return abs(float(next(losses) - next(losses)))
-
-
-def _rounded(model: nn.Module, bases: Bases, cfg: Config) -> nn.Module:
-    """A copy that has the bases, its activations and cache rounded and its weights not."""
-    rounded = copy_model(model)
-    fold(rounded, bases)
-    quantize_flow(rounded, cfg)
-    return rounded
+    kept, centred = (rotate(model, calib, Config(centre_embeddings=each)) for each in (False, True))
+    return abs(cost_in_nats(kept, centred, tokens))
 
 
 _learned: dict[int, tuple] = {}  # seed -> what `_learning` returns
@@ -93,7 +83,7 @@ def flat_without_rounding(ctx) -> float:
     with torch.no_grad():
         bases = find_bases(model, ctx.calib(4), Config())
     for cfg in (Config(a_bits=None, kv_bits=None), Config()):
-        network, matrices = learnable(_rounded(model, bases, cfg), bases, cfg)
+        network, matrices = learnable(rounded_flow(model, bases, cfg), bases, cfg)
         network.loss(ctx.calib(1)).backward()
         parts = [R for each in matrices for R in each]
         sizes.append(sum(float(skew_direction(R.detach(), R.grad).norm()) for R in parts))
@@ -106,7 +96,7 @@ def loss_of_the_samples_learned_from(ctx) -> list[dict]:
     model, calib, cfg, *both = _learning(ctx)
     plain, losses = float(next_token_loss(model(calib).logits, calib)), []
     for bases in both:
-        losses.append(float(next_token_loss(_rounded(model, bases, cfg)(calib).logits, calib)))
+        losses.append(float(next_token_loss(rounded_flow(model, bases, cfg)(calib).logits, calib)))
     return [
         {"name": name, "value": (loss - plain) / (losses[0] - plain)}
         for name, loss in zip(("before", "after"), losses, strict=True)

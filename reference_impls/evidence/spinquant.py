@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, OPTConfig
 
 from requant.reference_impls._hadamard import random_orthogonal
 from requant.reference_impls._learn import next_token_loss
+from requant.reference_impls._logits import cost_in_nats
 from requant.reference_impls._stiefel import CayleySGD, skew_direction
 from requant.reference_impls._weights import quantize_linears
 from requant.reference_impls.spinquant import (
@@ -40,11 +41,11 @@ def rotation_keeps_logits(ctx) -> float:
 
 
 @torch.no_grad()
-def _centred(model: nn.Module, tokens: Tensor) -> Iterator[Tensor]:
-    """Logits of a rotated model with embeddings as they are, then with centred ones; nothing is rounded."""
+def _centred(model: nn.Module) -> Iterator[nn.Module]:
+    """The rotated model with embeddings as they are, then with centred ones; nothing is rounded."""
     for each in (False, True):
         cfg = Config(init="orthogonal", online=False, centre_embeddings=each)
-        yield rotate(model, initial_rotations(model, cfg), cfg)(tokens).logits
+        yield rotate(model, initial_rotations(model, cfg), cfg)
 
 
 def centring_is_free_for_layer_norm(ctx) -> float:
@@ -57,15 +58,14 @@ def centring_is_free_for_layer_norm(ctx) -> float:
         torch.manual_seed(ctx.seed)
         model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     model.get_input_embeddings().weight += torch.linspace(-1, 1, 128)[:, None]
-    kept, centred = _centred(model, torch.arange(32).view(2, 16))
+    tokens = torch.arange(32).view(2, 16)
+    kept, centred = (each(tokens).logits for each in _centred(model))
     return float((kept - centred).abs().max())
 
 
 def centring_costs_little(ctx) -> float:
     """Change of the loss of reference on 8 test windows, in nats, by centred embeddings; nothing is rounded."""
-    tokens = ctx.test_windows(8)
-    kept, centred = (next_token_loss(logits, tokens) for logits in _centred(ctx.reference(), tokens))
-    return abs(float(kept - centred))
+    return abs(cost_in_nats(*_centred(ctx.reference()), ctx.test_windows(8)))
 
 
 _learned: dict[int, tuple] = {}  # seed -> what `_learning` returns
