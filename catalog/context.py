@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from types import ModuleType
 
 import torch
@@ -111,13 +112,23 @@ class Context:
         return Evaluation(**found | {"checks": checks, "first_tokens": first_tokens})
 
 
+class _Seen(Exception):
+    """Ends a forward pass once a layer's inputs are known."""
+
+
 @functools.lru_cache(maxsize=16)
 @torch.no_grad()
 def _layer(name: str, model: str, n_tokens: int, seed: int) -> tuple[Tensor, Tensor]:
     network = models.load_reference(model).model
     linear, seen = network.get_submodule(name), []
-    linear.register_forward_pre_hook(lambda _module, args: seen.append(args[0].flatten(0, -2)))
-    network(models.calibration_tokens(-(-n_tokens // 256), 256, seed))
+
+    def stop(_module: nn.Module, args: tuple) -> None:
+        seen.append(args[0].flatten(0, -2))
+        raise _Seen
+
+    linear.register_forward_pre_hook(stop)
+    with suppress(_Seen):
+        network(models.calibration_tokens(-(-n_tokens // 256), 256, seed))
     return linear.weight.detach(), seen[0][:n_tokens]
 
 

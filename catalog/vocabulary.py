@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -151,11 +152,19 @@ _TERMS: dict[str, Any] = {
 
 
 def load_vocab(folder: Path | None = None) -> Vocab:
-    """Read the vocabularies of `folder` (default: the catalog's own).
+    """Read the vocabularies of `folder` (default: the catalog's own, read once in a process).
 
     Raises: CatalogError for the first file that is missing or wrong; without it no entry could be checked.
     """
-    folder = VOCAB_DIR if folder is None else Path(folder)
+    return _own_vocab() if folder is None else _read_vocab(Path(folder))
+
+
+@functools.cache
+def _own_vocab() -> Vocab:
+    return _read_vocab(VOCAB_DIR)
+
+
+def _read_vocab(folder: Path) -> Vocab:
     parts: dict[str, Any] = {
         kind: _load(folder / f"{kind}.yaml", kind, maker) for kind, maker in _TERMS.items()
     }

@@ -21,10 +21,10 @@ from requant.reference_impls._integer_operators import (
     Scaled,
     di_clipped_softmax,
     di_swiglu,
-    product,
     rotary_tables,
     rotate,
 )
+from requant.reference_impls._integer_product import integer_product
 from requant.reference_impls._quant import QuantizationError
 from requant.reference_impls._walk import UnsupportedModelError, decoder_blocks
 
@@ -88,14 +88,17 @@ class IntegerBlock(nn.Module):
         k = self._head("k", n_kv, h, tables, cfg.kv_bits)
         v = self._head("v", n_kv, h, (), cfg.kv_bits)
         scores, k_keys = align(
-            product(q.centered, k.centered.mT), k.m.mT, k.k.mT, -1
+            integer_product(q.centered, k.centered.mT).long(), k.m.mT, k.k.mT, -1
         )  # [batch, n, seqlen, seqlen]
         scale = _dyadic.normalize(q.m * self.scaling[0], q.k + k_keys + self.scaling[1])
         weights = di_clipped_softmax((scores, *scale), valid, cfg)
         # one scale for all tokens of a head, since it is them that are summed over
         values, coarsest = align(v.centered << 4, v.m, v.k, -2, coarse=True)
         mixed, k = align(
-            product(weights, values), torch.ones_like(coarsest), coarsest + 4 + cfg.nonlinear_bits - 1, 1
+            integer_product(weights, values).long(),
+            torch.ones_like(coarsest),
+            coarsest + 4 + cfg.nonlinear_bits - 1,
+            1,
         )
         return self.requantize(mixed.transpose(1, 2).flatten(2), torch.ones_like(h.m), k[:, 0], cfg.a_bits)
 

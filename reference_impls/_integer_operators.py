@@ -13,15 +13,9 @@ from torch import Tensor, nn
 
 from requant.reference_impls import _dyadic
 from requant.reference_impls._dyadic import Dyadic, align, constant, divide, shift
+from requant.reference_impls._integer_product import integer_product
 
 Scaled = tuple[Tensor, Tensor, Tensor]  # integers [..., n] with m and k [..., 1]: integers * m / 2^k
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for integers, int64; computed in int32 unless that might overflow."""
-    largest = int(a.abs().sum(-1).max()) * int(b.abs().max())
-    kind = torch.int32 if largest < 2**31 else torch.int64
-    return (a.to(kind) @ b.to(kind)).long()
 
 
 def di_exp(x: Tensor, m: Tensor, k: Tensor, guard_bits: int) -> Tensor:
@@ -149,7 +143,7 @@ class DIMatMul(nn.Module):
         self.bias = None if bias is None else constant(bias, 16)
 
     def forward(self, x: Dyadic) -> Scaled:
-        y, k = align(product(x.centered, self.centered.T), self.m, self.k, -1)
+        y, k = align(integer_product(x.centered, self.centered.T).long(), self.m, self.k, -1)
         k = x.k + k
         if self.bias is not None:
             y = y + divide(shift(self.bias[0], self.bias[1] - k), x.m)

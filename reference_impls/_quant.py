@@ -73,7 +73,7 @@ def choose_qparams(x: Tensor, bits: int, symmetric: bool = False) -> tuple[Tenso
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """Integer-valued float codes in 0..2^bits-1, same shape as x."""
-    return ((x / scale).round() + zero_point).clamp(0, 2**bits - 1)
+    return (x / scale).round_().add_(zero_point).clamp_(0, 2**bits - 1)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

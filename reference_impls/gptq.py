@@ -91,7 +91,8 @@ def round_columns(
     d_in = W.shape[1]
     size = _quant.grouped(W, cfg.group_size).shape[-1]
     order = H.diagonal().argsort(descending=True) if cfg.act_order else torch.arange(d_in)
-    U = inverse_cholesky(damped(H, cfg.damp_ratio)[order][:, order])  # H^-1 = U^T U, Sec. 3.3 "Step 3"
+    D = damped(H, cfg.damp_ratio)
+    U = inverse_cholesky(D[order][:, order] if cfg.act_order else D)  # H^-1 = U^T U, Sec. 3.3 "Step 3"
     group = order // size if cfg.static_groups else torch.arange(d_in) // size
     fixed_grid = cfg.static_groups or size == d_in
     widths = [cfg.w_bits] * (d_in // size) if widths is None else widths
@@ -110,28 +111,31 @@ def round_columns(
     rest[H.diagonal() == 0] = 0.0  # dead inputs
     rest = rest[order]
     codes, values = torch.empty_like(rest), None if kept is None else torch.empty_like(rest)
+    group_of, pivots = group.tolist(), U.diagonal()
+    # views of all rows at once, since one column is too little work for several more calls
+    scales, zeros, columns, coded = (t.unbind() for t in (scale, zero_point, rest, codes))
     starts = sorted({*range(0, d_in, cfg.block_size), *(() if fixed_grid else range(0, d_in, size)), d_in})
     for begin, end in pairwise(starts):
         if not fixed_grid and begin % size == 0:
             x = rest[begin : begin + size]
             choose(begin // size, (x if kept is None else x.masked_fill(keep[begin : begin + size], 0.0)).T)
         errors = torch.empty(end - begin, W.shape[0])
-        for j in range(begin, end):
-            s, z = scale[group[j]], zero_point[group[j]]
-            codes[j] = quantize(rest[j], s, z, widths[group[j]])
+        lazy = zip(U[begin:end, begin:end].unbind(), pivots[begin:end].unbind(), errors.unbind(), strict=True)
+        for j, (spread, pivot, error) in enumerate(lazy, begin):
+            s, z, column = scales[group_of[j]], zeros[group_of[j]], columns[j]
+            code = quantize(column, s, z, widths[group_of[j]])
             if pruned is not None:
                 if j % pruned[1] == 0:
                     ahead = slice(j, j + pruned[1])
-                    salience = (rest[ahead] / U.diagonal()[ahead, None]).square()
-                    zeros = salience.argsort(dim=0, stable=True).argsort(dim=0) < pruned[0]  # [m, d_out]
-                codes[j] = torch.where(zeros[j % pruned[1]], z, codes[j])
-            value = _quant.dequantize(codes[j], s, z)
+                    salience = (rest[ahead] / pivots[ahead, None]).square()
+                    dropped = salience.argsort(dim=0, stable=True).argsort(dim=0) < pruned[0]  # [m, d_out]
+                code = torch.where(dropped[j % pruned[1]], z, code)
+            coded[j].copy_(code)
+            value = _quant.dequantize(code, s, z)
             if kept is not None:
-                value = values[j] = torch.where(keep[j], rest[j].half().float(), value)
-            errors[j - begin] = (rest[j] - value) / U[j, j]  # Eq. 2
-            rest[j + 1 : end].addr_(
-                U[j, j + 1 : end], errors[j - begin], alpha=-1
-            )  # Eq. 3, inside the lazy batch
+                value = values[j] = torch.where(keep[j], column.half().float(), value)
+            torch.sub(column, value, out=error).div_(pivot)  # Eq. 2
+            rest[j + 1 : end].addr_(spread[j + 1 - begin :], error, alpha=-1)  # Eq. 3, in the lazy batch
         rest[end:].addmm_(U[begin:end, end:].T, errors, alpha=-1)  # Eq. 4, "Step 2": lazy batch update
     return Rounded(codes, scale, zero_point, order, group, None if kept is None else (keep, values))
 

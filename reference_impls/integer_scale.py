@@ -23,6 +23,7 @@ from requant.reference_impls._activation import bare
 from requant.reference_impls._anatomy import anatomy
 from requant.reference_impls._calib import check_calib
 from requant.reference_impls._group_codes import BASES, base_codes, clipped_codes
+from requant.reference_impls._integer_product import integer_product
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._walk import copy_model, named_linears, replace_module, visit_blocks, walk_blocks
 
@@ -165,7 +166,7 @@ class GroupedLinear(nn.Module):
         """sum_g S_g (x_g . w_g) for codes [n_tokens, d_in]: [n_tokens, d_out], of the scales' dtype."""
         total = torch.zeros(len(x_int), len(self.codes), dtype=self.scale.dtype)
         for g, x_g in enumerate(x_int.split(self.codes.shape[-1], 1)):
-            inner = x_g @ self.codes[:, g].to(torch.int32).T  # int32, exact
+            inner = integer_product(x_g, self.codes[:, g].T)  # exact
             total += inner * self.scale[:, g].T  # int32; or float, the conversion that a group costs
         return total
 

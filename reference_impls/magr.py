@@ -91,7 +91,7 @@ def clip_threshold(v: Tensor, t: float, start: Tensor | None = None) -> Tensor:
     size = v.abs()
     c = torch.zeros_like(size[..., :1]) if start is None else start.minimum(size.amax(-1, keepdim=True))
     for _ in range(_NEWTON_STEPS):
-        above = (size >= c).to(v.dtype)
+        above = size.clone().ge_(c)  # 1.0 or 0.0
         new = (torch.linalg.vecdot(size, above)[..., None] - t) / above.sum(-1, keepdim=True)
         new = new.clamp(min=0)
         if torch.allclose(new, c, rtol=1e-6, atol=0):

@@ -8,6 +8,7 @@ reference-sink      with added heads, trained until attention sinks emerge on th
 
 from __future__ import annotations
 
+import copy
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,11 +81,17 @@ def load_reference(name: str = "reference") -> ReferenceModel:
     """
     if name not in VARIANTS:
         raise ValueError(f"unknown reference model {name!r}; choose one of {', '.join(VARIANTS)}")
+    return ReferenceModel(name, copy.deepcopy(_made(name)), load_tokenizer())
+
+
+@functools.cache
+def _made(name: str) -> LlamaForCausalLM:
+    """Made once in a process: drawing the random weights that it begins with takes longer than a copy."""
     model = LlamaForCausalLM(model_config(name))
     model.load_state_dict(_state("reference-sink" if name == "reference-sink" else "reference"))
     if name == "reference-outlier":
         add_outliers(model)
-    return ReferenceModel(name, model.eval().requires_grad_(False), load_tokenizer())
+    return model.eval().requires_grad_(False)
 
 
 @functools.cache
