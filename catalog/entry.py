@@ -144,6 +144,11 @@ class Claim:
         """Whether the claim needs nothing but the reference model."""
         return self.kind in ("ordering", "invariant", "bits")
 
+    @property
+    def group(self) -> str:
+        """Claims of an entry with the same group share what takes long, so one process should measure them."""
+        return self.id if self.runs_on_reference else ""  # checkpoints, each loaded once
+
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredClaim(Claim):
@@ -230,6 +235,10 @@ class FindingClaim(Claim):
     @property
     def runs_on_reference(self) -> bool:
         return self.function is not None
+
+    @property
+    def group(self) -> str:
+        return self.function or ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,9 @@
 """Claims measured in several processes, which leave what they evaluate for one another (sharing.py).
 
-The claims of one entry on checkpoints stay in one process, which then loads each checkpoint once. Every process
-computes with one thread, so that the bits of a result do not depend on how many there are. Each claim comes back as
-soon as it is measured. A process that dies costs the claim it was at: a new one goes on with the next.
+The claims of one entry on checkpoints stay in one process, which then loads each checkpoint once, and so do findings of
+one experiment, as a second process could only wait for it. Every process computes with one thread, so that the bits of
+a result do not depend on how many there are. Each claim comes back as soon as it is measured. A process that dies costs
+the claim it was at: a new one goes on with the next.
 """
 
 from __future__ import annotations
@@ -97,11 +98,11 @@ def measure_many(
 
 
 def _tasks(paper: Paper, only: Callable[[Paper, Claim], bool]) -> list[_Task]:
-    """One task a claim on the reference model, one for all claims on checkpoints."""
+    """One task for each group of claims."""
     groups: dict[str, deque[str]] = {}
     for claim in paper.claims:
         if only(paper, claim):
-            groups.setdefault(claim.id if claim.runs_on_reference else "", deque()).append(claim.id)
+            groups.setdefault(claim.group, deque()).append(claim.id)
     return [_Task(paper, claims) for claims in groups.values()]
 
 

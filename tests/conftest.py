@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -67,27 +67,25 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     from xdist.scheduler import LoadScopeScheduling
 
     papers = load_catalog().papers.values()
-    alone = {
-        f"{paper.id}-{claim.id}" for paper in papers for claim in paper.claims if claim.runs_on_reference
+    groups = {
+        f"{paper.id}-{claim.id}": f"{paper.id}-{claim.group}" for paper in papers for claim in paper.claims
     }
 
     class ByGroup(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return group_of(nodeid, alone)
+            return group_of(nodeid, groups)
 
     return ByGroup(config, log)
 
 
-def group_of(nodeid: str, alone: Collection[str]) -> str:
-    """A claim in `alone` is a group with its power test, other claims belong to their entry, other tests to their file.
+def group_of(nodeid: str, groups: Mapping[str, str]) -> str:
+    """A claim's tests go with those of its group, other tests with their file.
 
-    `tests/test_paper_claims.py::test_claim[gptq-w3]` -> `gptq-w3`, or `gptq` for a claim on a checkpoint.
+    Args:
+        groups: test id of each claim -> its group.
     """
     file, _, test = nodeid.partition("::")
-    if not file.endswith("test_paper_claims.py"):
-        return file
-    claim = test.partition("[")[2].removesuffix("]")
-    return claim if claim in alone else claim.partition("-")[0]
+    return groups.get(test.partition("[")[2].removesuffix("]"), file)
 
 
 def _measurement(report: pytest.TestReport) -> Measurement | None:
