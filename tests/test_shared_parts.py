@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig, OPTConfig
 
-from requant.reference_impls import _quant
+from requant.reference_impls import _integer_product, _quant
 from requant.reference_impls._activation import transform_attention
 from requant.reference_impls._anatomy import anatomy, block_anatomies, fold_channel_scale, require_pre_norm
 from requant.reference_impls._calib import check_calib
@@ -220,3 +220,19 @@ def test_inverse_cholesky_inverts_or_raises() -> None:
     assert torch.equal(U, U.triu())
     with pytest.raises(QuantizationError, match="damp_ratio"):
         inverse_cholesky(-torch.eye(3))
+
+
+@pytest.mark.parametrize("vnni", [True, False])
+@pytest.mark.parametrize("peak", [1, 127, 128, 2**20, 2**40])
+@pytest.mark.parametrize(
+    ("left", "right"), [((3, 5), (5, 4)), ((2, 3, 70), (70, 9)), ((2, 3, 4, 6), (2, 3, 6, 5))]
+)
+def test_integer_products_are_exact(left, right, peak: int, vnni: bool, monkeypatch) -> None:
+    """In every width, with the largest values each may have, with int8 instructions and without."""
+    monkeypatch.setattr(_integer_product, "_has_vnni", lambda: vnni)
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-peak, peak + 1, size, generator=generator) for size in (left, right))
+    a[..., 0, :] = peak
+    b = b.clamp(-(2**16), 2**16)
+    expected = (a[..., None].long() * b.unsqueeze(-3).long()).sum(-2)
+    assert torch.equal(_integer_product.integer_product(a, b).long(), expected)

@@ -75,7 +75,7 @@ def damp_is_the_codes(ctx) -> float:
     Its H is 2 seqlen times ours, here with small inputs, so that 0.01 counts. Saliences come from explicit inverses.
     """
     W, H, _ = ctx.layer(_O)
-    W, H, seqlen = W[:, :64], H[:64, :64], 256
+    W, H, seqlen = W[:, :64], H[:64, :64], 128
     H = H / H.diagonal().mean() * 0.01 / seqlen
     cfg = Config(2, 8, absolute_damp=0.01 / (2 * seqlen), allocation=False)
     search, ridged = start_search(W, H, cfg), 2 * seqlen * H + 0.01 * torch.eye(64)
