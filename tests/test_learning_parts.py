@@ -19,7 +19,7 @@ from requant.reference_impls._offload import activations_in
 from requant.reference_impls._quant import QuantizationError, storage_bits
 from requant.reference_impls._rotation import fuse_norms
 from requant.reference_impls._stiefel import CayleySGD
-from requant.reference_impls._straight_through import affine_ste, clipped_grid
+from requant.reference_impls._straight_through import affine_ste, clipped_grid, range_ends
 from requant.reference_impls._walk import UnsupportedModelError, copy_model, walk_blocks
 
 SIZES = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -177,3 +177,15 @@ def test_activations_on_disk_change_no_bit_and_leave_no_file(tmp_path: Path) -> 
         activations_in(tmp_path / "no"),
     ):
         pass
+
+
+def test_range_ends_have_the_gradient_of_amin_and_amax() -> None:
+    """Where several entries are the least or the largest, they share it."""
+    x = torch.randn(6, 3, 40, generator=torch.Generator().manual_seed(0))
+    x[0, 0, :5], x[1] = 9.0, 0.0
+    x.requires_grad_()
+    weights = torch.randn(2, 6, 3, 1, generator=torch.Generator().manual_seed(1))
+    plain = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    found, expected = (torch.autograd.grad(ends, x, tuple(weights)) for ends in (range_ends(x), plain))
+    assert torch.allclose(found[0], expected[0], rtol=1e-6, atol=0)
+    assert all(torch.equal(a, b) for a, b in zip(range_ends(x), plain, strict=True))

@@ -97,7 +97,8 @@ def _made(name: str) -> LlamaForCausalLM:
 @functools.cache
 def split_tokens(split: str) -> Tensor:
     """The split tokenized once, without BOS: int64 [n_tokens]. Treat as read-only."""
-    return torch.tensor(load_tokenizer()(load_split(split), verbose=False)["input_ids"])
+    backend = load_tokenizer().backend_tokenizer  # without offsets, which take a third of the time
+    return torch.tensor(backend.encode_batch_fast([load_split(split)], add_special_tokens=False)[0].ids)
 
 
 def calibration_tokens(n_samples: int = 64, seqlen: int = 256, seed: int = 0) -> Tensor:
