@@ -160,11 +160,15 @@ def _verdict(holds: bool) -> str:
     return REPRODUCED if holds else CONTRADICTED
 
 
-def _check_order(order: tuple[str, ...], low: Values, high: Values, margin: float) -> tuple[bool, str]:
-    """Whether each name's highest value lies below the next one's lowest by more than the margin, and the gaps."""
-    gaps = {f"{a} < {b}": low[b] - high[a] for a, b in pairwise(order)}
+def _in_order(
+    paper: Paper, claim: OrderingClaim | FindingClaim, measured: Values, low: Values, high: Values, **details
+) -> Measurement:
+    """The verdict: does each name's highest value lie below the next one's lowest by at least the margin?"""
+    gaps = {f"{a} < {b}": low[b] - high[a] for a, b in pairwise(claim.order)}
+    margin = claim.margin or 0.0
     holds = all(math.isfinite(gap) and gap > 0 and gap >= margin for gap in gaps.values())
-    return holds, "; ".join(f"{pair} by {gap:.4f}" for pair, gap in gaps.items())
+    reason = "; ".join(f"{pair} by {gap:.4f}" for pair, gap in gaps.items())
+    return _outcome(paper, claim, measured, _verdict(holds), reason, gaps=gaps, **details)
 
 
 def _ordering(paper: Paper, claim: OrderingClaim, _options: Options) -> Measurement:
@@ -180,10 +184,9 @@ def _ordering(paper: Paper, claim: OrderingClaim, _options: Options) -> Measurem
     for ((name, _run), _seed), evaluation in zip(wanted, evaluations, strict=True):
         losses.setdefault(name, []).append(evaluation.nll)
     low, high = ({name: pick(values) for name, values in losses.items()} for pick in (min, max))
-    holds, gaps = _check_order(claim.order, low, high, claim.margin)
     means = {name: math.fsum(values) / len(values) for name, values in losses.items()}
     spread = {name: high[name] - low[name] for name in losses} if len(claim.seeds) > 1 else {}
-    return _outcome(paper, claim, means, _verdict(holds), gaps, seeds=list(claim.seeds), spread=spread)
+    return _in_order(paper, claim, means, low, high, seeds=list(claim.seeds), spread=spread)
 
 
 def _invariant(paper: Paper, claim: InvariantClaim, _options: Options) -> Measurement:
@@ -247,8 +250,7 @@ def _finding(paper: Paper, claim: FindingClaim, _options: Options) -> Measuremen
     if claim.function is None:
         raise NotHere("no experiment on a small model is written for this finding")
     values = dict(shared(f"{paper.impl}.{claim.function}", partial(_experiment, paper.impl, claim.function)))
-    holds, gaps = _check_order(claim.order, values, values, claim.margin or 0.0)
-    return _outcome(paper, claim, values, _verdict(holds), gaps)
+    return _in_order(paper, claim, values, values, values)
 
 
 def _experiment(impl: str, function: str) -> list[tuple[str, float]]:

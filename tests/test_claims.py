@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import pytest
+from compare_machines import findings
 from rich.console import Console
 
 from requant.catalog import claims, ledger
@@ -274,3 +275,27 @@ def test_expected_contradiction_is_carried(rtn: Paper) -> None:
     result = measure(rtn, claim)
     assert result.expected
     assert result.ok
+
+
+def test_verdicts_that_hang_on_the_machine_are_found() -> None:
+    def records(states: dict[str, tuple[str, float]]) -> dict:
+        return {
+            ("toy", claim): {
+                "state": state,
+                "measured": {},
+                "details": {"gaps": {"a < b": gap, "b < c": 1.0}},
+            }
+            for claim, (state, gap) in states.items()
+        }
+
+    here = records(
+        {
+            "far": (REPRODUCED, 0.5),
+            "tie": (REPRODUCED, 0.011),
+            "odd": (REPRODUCED, 0.02),
+            "here": (REPRODUCED, 1.0),
+        }
+    )
+    there = records({"far": (REPRODUCED, 0.4), "tie": (REPRODUCED, 0.02), "odd": (CONTRADICTED, -0.1)})
+    rows = list(findings(here, there, dict.fromkeys(here, 0.01)))
+    assert [row[:2] for row in rows] == [("moved", "toy-odd"), ("near", "toy-tie")]
