@@ -17,6 +17,7 @@ from requant.catalog.strict_yaml import Document, Where, read_bytes
 from requant.catalog.vocabulary import Vocab
 
 TODO = "TODO(you)"
+PARTS = "parts"  # the folder in reference_impls with parts of one method each
 EVIDENCE = "evidence"  # the folder in reference_impls with the functions for claims of methods that are long themselves
 Errors = Iterator[CatalogError]
 

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from requant.catalog import entry
-from requant.catalog.checks import EVIDENCE, Implementations, cross_checks, unfinished
+from requant.catalog.checks import EVIDENCE, PARTS, Implementations, cross_checks, unfinished
 from requant.catalog.entry import MEASURED_KINDS, NO_IMPL, Paper, freeze
 from requant.catalog.errors import CatalogError, nearest, shorten
 from requant.catalog.schemas import check_schema
@@ -132,7 +132,7 @@ def check_id(name: str) -> str | None:
         return (
             "an id is a lower-case letter followed by at most 63 lower-case letters, digits and underscores"
         )
-    return f"{name} is a reserved word" if name in (NO_IMPL, EVIDENCE) else None
+    return f"{name} is a reserved word" if name in (NO_IMPL, EVIDENCE, PARTS) else None
 
 
 def orphan_modules(catalog: Catalog) -> list[str]:

@@ -22,9 +22,9 @@ from requant.reference_impls import _quant, _walk, gptq
 from requant.reference_impls._anatomy import require_pre_norm
 from requant.reference_impls._calib import check_calib
 from requant.reference_impls._hessian import gram
-from requant.reference_impls._pairs import Pair, observed_pairs, output_error
 from requant.reference_impls._quant import QuantizationError
 from requant.reference_impls._walk import Block, named_linears, walk_blocks
+from requant.reference_impls.parts.awq_pairs import Pair, observed_pairs, output_error
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from requant.reference_impls._binary import BinaryBlock, fit_scale, signed_value, split_error
 from requant.reference_impls._calib import check_calib
 from requant.reference_impls._hessian import damped, inverse_cholesky
 from requant.reference_impls._quant import check_choices, pack_bits, unpack_bits
 from requant.reference_impls._walk import copy_model, named_linears, walk_blocks
+from requant.reference_impls.parts.billm_binary import BinaryBlock, fit_scale, signed_value, split_error
 
 COMPENSATIONS = ("diagonal", "solve", "none")
 

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls._anatomy import block_anatomies
-from requant.reference_impls._bit_linear import BitLinear, binarize, in_groups, restore
 from requant.reference_impls._calib import check_calib
 from requant.reference_impls._from_scratch import new_model, train
 from requant.reference_impls._quant import QuantizationError, check_choices, pack_bits, unpack_bits
 from requant.reference_impls._walk import UnsupportedModelError, named_linears, replace_module, require_whole
+from requant.reference_impls.parts.bitnet_linear import BitLinear, binarize, in_groups, restore
 
 TINY = {"updates": 6, "warmup": 2, "tokens_per_update": 256}  # what the conformance tests run
 

@@ -24,12 +24,12 @@ from requant.reference_impls._activation import transform_attention, transform_i
 from requant.reference_impls._anatomy import anatomy
 from requant.reference_impls._calib import check_calib
 from requant.reference_impls._clipping import ClippedWeight, learn_ranges
-from requant.reference_impls._dual_transform import search_transform
 from requant.reference_impls._equivalence import Site
 from requant.reference_impls._hadamard import hadamard_transform
 from requant.reference_impls._quant import check_choices
 from requant.reference_impls._straight_through import ClippingStrengths, token_ste
 from requant.reference_impls._walk import Block, copy_model, named_linears, walk_blocks
+from requant.reference_impls.parts.duquant_dual_transform import search_transform
 from requant.reference_impls.smoothquant import smooth_sites
 
 TINY = {"block_size": 32, "max_rotation_step": 8}

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from requant.reference_impls import _codebook, _quant, gptq, spinquant
 from requant.reference_impls._calib import check_calib
 from requant.reference_impls._codebook import Coded, made_definite, objective
-from requant.reference_impls._guidance import block_hessians, guides
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._walk import copy_model, named_linears, require_whole, walk_blocks
+from requant.reference_impls.parts.guidedquant_guidance import block_hessians, guides
 
 _KMEANS_ROUNDS = 50  # code, flash1dkmeans call
 

@@ -24,13 +24,13 @@ from requant.reference_impls import _quant
 from requant.reference_impls._activation import transform_attention
 from requant.reference_impls._anatomy import block_anatomies, heads
 from requant.reference_impls._calib import check_calib
-from requant.reference_impls._dyadic import Dyadic, constant
-from requant.reference_impls._fsbr import Smoothing
-from requant.reference_impls._integer_block import IntegerBlock, require_integer_operators
-from requant.reference_impls._integer_operators import ChannelGrids, DIMatMul, DINorm
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._straight_through import ClippingStrengths
 from requant.reference_impls._walk import Block, copy_model, decoder_blocks, walk_blocks
+from requant.reference_impls.parts.i_llm_block import IntegerBlock, require_integer_operators
+from requant.reference_impls.parts.i_llm_dyadic import Dyadic, constant
+from requant.reference_impls.parts.i_llm_fsbr import Smoothing
+from requant.reference_impls.parts.i_llm_operators import ChannelGrids, DIMatMul, DINorm
 from requant.reference_impls.smoothquant import channel_peaks
 
 

@@ -22,10 +22,10 @@ from requant.reference_impls import _quant, awq, quarot
 from requant.reference_impls._activation import bare
 from requant.reference_impls._anatomy import anatomy
 from requant.reference_impls._calib import check_calib
-from requant.reference_impls._group_codes import BASES, base_codes, clipped_codes
 from requant.reference_impls._integer_product import integer_product
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._walk import copy_model, named_linears, replace_module, visit_blocks, walk_blocks
+from requant.reference_impls.parts.integer_scale_codes import BASES, base_codes, clipped_codes
 
 
 @dataclass(frozen=True)

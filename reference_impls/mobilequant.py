@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from requant.reference_impls import _quant
 from requant.reference_impls._calib import check_calib
 from requant.reference_impls._learn import cosine_decay, descend, in_order
-from requant.reference_impls._mobile_block import MobileBlock, whole_or_rows
 from requant.reference_impls._quant import check_choices
-from requant.reference_impls._static_ranges import simulate
 from requant.reference_impls._straight_through import ClippingStrengths
 from requant.reference_impls._walk import Block, copy_model, decoder_blocks, require_whole, walk_blocks
+from requant.reference_impls.parts.mobilequant_block import MobileBlock, whole_or_rows
+from requant.reference_impls.parts.mobilequant_ranges import simulate
 from requant.reference_impls.smoothquant import smooth_sites
 
 ERROR_FLOOR = 0.01  # ranges start clipped to 0.982

@@ -30,8 +30,8 @@ from requant.reference_impls._equivalence import Site, sites
 from requant.reference_impls._probes import Probe, outputs_behind, replace_linears
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._ranges import RangeRounding, round_between
-from requant.reference_impls._thresholds import scale_of, shift_of, thresholds
 from requant.reference_impls._walk import UnsupportedModelError, copy_model, visit_blocks, walk_blocks
+from requant.reference_impls.parts.outlier_suppression_plus_thresholds import scale_of, shift_of, thresholds
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,21 @@ from torch import Tensor, nn
 from requant.reference_impls import _quant, gptq
 from requant.reference_impls._activation import bare, transform_inputs
 from requant.reference_impls._anatomy import block_anatomies, heads
-from requant.reference_impls._bases import Bases, find_bases, fold, trained, turn_keys
-from requant.reference_impls._basis_change import ChangeOfBasis
 from requant.reference_impls._calib import check_calib
 from requant.reference_impls._clip_search import search_grid
-from requant.reference_impls._column_parts import Part, pack_parts, round_parts, round_tokens, unpack_parts
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._rotation import centre_embeddings, fuse_norms, same_function
 from requant.reference_impls._walk import copy_model, named_linears, require_whole
 from requant.reference_impls._weights import quantize_blockwise
+from requant.reference_impls.parts.resq_bases import Bases, find_bases, fold, trained, turn_keys
+from requant.reference_impls.parts.resq_basis_change import ChangeOfBasis
+from requant.reference_impls.parts.resq_column_parts import (
+    Part,
+    pack_parts,
+    round_parts,
+    round_tokens,
+    unpack_parts,
+)
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,18 @@ from requant.reference_impls import _quant, gptq
 from requant.reference_impls._activation import QuantInput, one_each, transform_attention
 from requant.reference_impls._anatomy import BlockAnatomy, anatomy, heads, require_pre_norm
 from requant.reference_impls._calib import check_calib
-from requant.reference_impls._channel_order import reader_groups, reorder_channels
-from requant.reference_impls._clusters import Ranges, Rounding, cluster, cluster_heads, codes_of, grid, spread
 from requant.reference_impls._quant import QuantizationError
 from requant.reference_impls._walk import Block, copy_model, replace_module, walk_blocks
+from requant.reference_impls.parts.rptq_channel_order import reader_groups, reorder_channels
+from requant.reference_impls.parts.rptq_clusters import (
+    Ranges,
+    Rounding,
+    cluster,
+    cluster_heads,
+    codes_of,
+    grid,
+    spread,
+)
 
 
 @dataclass(frozen=True)

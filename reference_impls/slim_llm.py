@@ -20,13 +20,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from requant.reference_impls import _group_grid, _mixed, _quant, gptq
+from requant.reference_impls import _mixed, _quant, gptq
 from requant.reference_impls._calib import check_calib
 from requant.reference_impls._clipping import MixedClippedWeight, learn_ranges
 from requant.reference_impls._hessian import damped, inverse_cholesky
 from requant.reference_impls._quant import QuantizationError, check_choices
 from requant.reference_impls._walk import Block, copy_model, named_linears, walk_blocks
-from requant.reference_impls._width_search import OBJECTIVES, WidthSearch, group_salience
+from requant.reference_impls.parts import slim_llm_grid
+from requant.reference_impls.parts.slim_llm_widths import OBJECTIVES, WidthSearch, group_salience
 
 TINY = {"w_bits": 3, "group_size": 16, "n_grid": 10}
 COMPENSATIONS = ("column", "group")
@@ -94,7 +95,7 @@ def start_search(W: Tensor, H: Tensor, cfg: Config, bias: Tensor | None = None) 
     H = with_damp(H, cfg)
     final = group_salience(W, damped(H, cfg.damp_ratio), cfg.group_size)
     salience = group_salience(W, damped(H, 0.0), cfg.group_size) if cfg.absolute_damp else final
-    rounded = partial(_group_grid.fake_quant, W, group_size=cfg.group_size)
+    rounded = partial(slim_llm_grid.fake_quant, W, group_size=cfg.group_size)
     how = {"objective": cfg.objective, "both_ends": cfg.both_ends, "same_bias": cfg.same_bias}
     return WidthSearch(W, rounded, cfg.w_bits, salience, final, bias=bias, **how)
 
@@ -122,8 +123,8 @@ def round_groups(W: Tensor, H: Tensor, cfg: Config, widths: list[int]) -> tuple[
     for begin, bits in zip(range(0, W.shape[1], cfg.group_size), widths, strict=True):
         here, later = slice(begin, begin + cfg.group_size), slice(begin + cfg.group_size, None)
         x = rest[:, here]
-        scale, zero = _group_grid.choose_qparams(x, bits, factors(cfg), cfg.clip_norm)
-        codes = _group_grid.quantize(x, scale, zero, bits)
+        scale, zero = slim_llm_grid.choose_qparams(x, bits, factors(cfg), cfg.clip_norm)
+        codes = slim_llm_grid.quantize(x, scale, zero, bits)
         errors = (x - _quant.dequantize(codes, scale, zero)) / U.diagonal()[here]
         rest[:, later] -= errors @ U[here, later]
         done.append((codes, scale, zero))
@@ -136,9 +137,9 @@ def round_columns(W: Tensor, H: Tensor, cfg: Config, widths: list[int]) -> tuple
     how = gptq.Config(cfg.w_bits, cfg.group_size, damp_ratio=cfg.damp_ratio, block_size=cfg.block_size)
 
     def choose(x: Tensor, bits: int, _symmetric: bool) -> tuple[Tensor, Tensor]:
-        return _group_grid.choose_qparams(x, bits, factors(cfg), cfg.clip_norm)
+        return slim_llm_grid.choose_qparams(x, bits, factors(cfg), cfg.clip_norm)
 
-    rounded = gptq.round_columns(W, H, how, choose, quantize=_group_grid.quantize, widths=widths)
+    rounded = gptq.round_columns(W, H, how, choose, quantize=slim_llm_grid.quantize, widths=widths)
     codes = _quant.grouped(rounded.codes.T, cfg.group_size)
     return codes, rounded.scale.T[..., None], rounded.zero_point.T[..., None]
 

@@ -112,7 +112,8 @@ def test_filled_in_template_passes_but_for_the_module(toy_folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["../x", "/tmp/x", "Upper", "1st", "a-b", "", "none", "evidence", "a" * 65, "a\n", "über"]
+    "name",
+    ["../x", "/tmp/x", "Upper", "1st", "a-b", "", "none", "evidence", "parts", "a" * 65, "a\n", "über"],
 )
 def test_new_refuses_bad_ids(toy_folder, name):
     before = sorted(toy_folder.parent.rglob("*"))

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, OPTConf
 
 from requant.reference_impls import _learn, _outliers, _quant, gptq
 from requant.reference_impls._anatomy import block_anatomies
-from requant.reference_impls._basis_change import ChangeOfBasis, rotate_sublayers
 from requant.reference_impls._equivalence import sites
 from requant.reference_impls._hadamard import hadamard_transform, random_orthogonal
 from requant.reference_impls._offload import activations_in
@@ -21,6 +20,7 @@ from requant.reference_impls._rotation import fuse_norms
 from requant.reference_impls._stiefel import CayleySGD
 from requant.reference_impls._straight_through import affine_ste, clipped_grid, range_ends
 from requant.reference_impls._walk import UnsupportedModelError, copy_model, walk_blocks
+from requant.reference_impls.parts.resq_basis_change import ChangeOfBasis, rotate_sublayers
 
 SIZES = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
          "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": None}  # fmt: skip

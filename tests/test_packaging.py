@@ -50,6 +50,7 @@ def test_the_wheel_has_one_top_level_name(wheel_names: list[str]) -> None:
     [
         "requant/papers/gptq.yaml", "requant/catalog/schema/paper.schema.json", "requant/catalog/vocab/protocols.yaml",
         "requant/reference_impls/evidence/quip.py",
+        "requant/reference_impls/parts/rptq_clusters.py",
         "requant/catalog/reference/weights/reference.safetensors",
         "requant/catalog/reference/weights/reference-sink.safetensors",
         "requant/catalog/reference/weights/tokenizer.json",

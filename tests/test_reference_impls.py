@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,6 +208,23 @@ def test_a_long_module_leaves_its_evidence_to_another_file(name: str) -> None:
         names = re.findall(r"\w+", " ".join(map("".join, taken)))
         assert names and not [one for one in names if one.startswith("_")], "make what it needs public"
         assert f"papers/{name}.yaml" in (load_evidence(name).__doc__ or "")
+
+
+FOLDER = Path(load_impl("rtn").__file__).parent
+PARTS = sorted(file.stem for file in (FOLDER / "parts").glob("[a-z]*.py"))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_serves_the_method_it_is_named_for_alone(part: str) -> None:
+    """What a second method needs is a shared module; what nobody imports is dead."""
+    (owner,) = (name for name in IMPLS if part.startswith(f"{name}_"))
+    users = {
+        file.stem
+        for file in FOLDER.rglob("*.py")
+        if file.stem != part and re.search(rf"\b{part}\b", file.read_text(encoding="utf-8"))
+    }
+    assert users, "nothing uses it"
+    assert all(user == owner or user.startswith(f"{owner}_") for user in users), f"used by {sorted(users)}"
 
 
 @pytest.mark.parametrize("name", IMPLS)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from requant.reference_impls import _quant, _walk
 from requant.reference_impls._hessian import gram
-from requant.reference_impls._pairs import block_pairs, observed_pairs, output_error
 from requant.reference_impls._walk import named_linears, walk_blocks
 from requant.reference_impls.awq import (
     Config,
@@ -19,6 +18,7 @@ from requant.reference_impls.awq import (
     quantize,
     round_weight,
 )
+from requant.reference_impls.parts.awq_pairs import block_pairs, observed_pairs, output_error
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from requant.reference_impls._binary import signed_value, split_error
 from requant.reference_impls._hessian import damped, inverse_cholesky, proxy_loss
 from requant.reference_impls.billm import (
     COMPENSATIONS,
@@ -23,6 +22,7 @@ from requant.reference_impls.billm import (
     search_columns,
     spread_error,
 )
+from requant.reference_impls.parts.billm_binary import signed_value, split_error
 
 _LAYERS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 

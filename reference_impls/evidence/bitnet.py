@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from requant.reference_impls._bit_linear import BitLinear, binarize, fake_quant, normalize, restore
 from requant.reference_impls.bitnet import Config, quantize_weight
+from requant.reference_impls.parts.bitnet_linear import BitLinear, binarize, fake_quant, normalize, restore
 
 _LAYER = "model.layers.1.mlp.up_proj"
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from requant.reference_impls import _quant
 from requant.reference_impls._anatomy import block_anatomies
-from requant.reference_impls._dual_transform import base_rotation, search_rotation, search_transform, zigzag
 from requant.reference_impls._hadamard import random_orthogonal
 from requant.reference_impls._learn import output_error
 from requant.reference_impls._logits import change_of_logits
@@ -25,6 +24,12 @@ from requant.reference_impls.duquant import (
     quantize_weight,
     transform,
     transform_block,
+)
+from requant.reference_impls.parts.duquant_dual_transform import (
+    base_rotation,
+    search_rotation,
+    search_transform,
+    zigzag,
 )
 from requant.reference_impls.smoothquant import channel_peaks, smooth_sites
 

@@ -14,10 +14,10 @@ from torch.nn import functional
 from requant.reference_impls import _codebook, _quant, spinquant
 from requant.reference_impls._codebook import made_definite, objective
 from requant.reference_impls._gradients import output_gradients, sequence_losses
-from requant.reference_impls._guidance import grouped_saliency, guided_hessian
 from requant.reference_impls._hessian import gram
 from requant.reference_impls._walk import copy_model
 from requant.reference_impls.guidedquant import Config, kmeans_start, lnq, quantize, quantize_weight
+from requant.reference_impls.parts.guidedquant_guidance import grouped_saliency, guided_hessian
 
 _LAYER = "model.layers.1.self_attn.o_proj"
 

@@ -13,12 +13,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from requant.reference_impls import _dyadic, _learn
+from requant.reference_impls import _learn
 from requant.reference_impls._activation import transform_attention
 from requant.reference_impls._anatomy import block_anatomies
-from requant.reference_impls._dyadic import Dyadic, constant
-from requant.reference_impls._fsbr import Smoothing
-from requant.reference_impls._integer_operators import (
+from requant.reference_impls._logits import change_of_logits, cost_in_nats
+from requant.reference_impls._walk import copy_model, walk_blocks
+from requant.reference_impls.evidence.omniquant import small_opt
+from requant.reference_impls.i_llm import Config, quantize, settle, weight_codes
+from requant.reference_impls.parts import i_llm_dyadic as dyadic
+from requant.reference_impls.parts.i_llm_dyadic import Dyadic, constant
+from requant.reference_impls.parts.i_llm_fsbr import Smoothing
+from requant.reference_impls.parts.i_llm_operators import (
     ChannelGrids,
     DIMatMul,
     DINorm,
@@ -26,10 +31,6 @@ from requant.reference_impls._integer_operators import (
     di_exp,
     rotary_tables,
 )
-from requant.reference_impls._logits import change_of_logits, cost_in_nats
-from requant.reference_impls._walk import copy_model, walk_blocks
-from requant.reference_impls.evidence.omniquant import small_opt
-from requant.reference_impls.i_llm import Config, quantize, settle, weight_codes
 from requant.reference_impls.smoothquant import channel_peaks
 
 
@@ -79,7 +80,7 @@ def query_key_factors(ctx) -> list[dict]:
 
 def _integer_input(ctx, name: str, bits: int) -> tuple[Tensor, Dyadic]:
     W, _, X = ctx.layer(f"model.layers.1.{name}", n_tokens=256)
-    return W, _dyadic.from_float(X[None], bits)
+    return W, dyadic.from_float(X[None], bits)
 
 
 def integer_product_is_exact(ctx) -> float:
@@ -133,7 +134,7 @@ def no_float_inside_blocks(ctx) -> float:
     for model, tables in cases:
         block = settle(next(_any_factors(ctx, model, cfg)), model.config)
         inputs = torch.randn(1, 256, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
-        x = _dyadic.from_float(inputs, cfg.residual_bits)
+        x = dyadic.from_float(inputs, cfg.residual_bits)
         with torch.no_grad(), Count() as count:
             y = block.run(x, tables, torch.ones(256, 256, dtype=torch.bool).tril())
         floats += count.floats + any(t.is_floating_point() for t in (y.codes, y.zero_point, y.m, y.k))
@@ -207,7 +208,7 @@ def norms_are_near_float(ctx) -> float:
         layer_norm.weight.copy_(norm.weight)
         layer_norm.bias.copy_(torch.randn(X.shape[1], generator=generator))
         for kind, inputs in ((norm, X), (norm, X / 1000), (layer_norm, X + X.std()), (layer_norm, X / 1000)):
-            worst = max(worst, _error_of_norm(kind, _dyadic.from_float(inputs, 16), inputs))
+            worst = max(worst, _error_of_norm(kind, dyadic.from_float(inputs, 16), inputs))
     return worst
 
 
@@ -225,10 +226,10 @@ def _norm_errors(ctx, outlier: float) -> list[dict]:
         calib[:, 0] *= outlier
         X[:, 0] *= outlier
         norm.weight[0] /= outlier
-        x = _dyadic.from_float(X, 16)
+        x = dyadic.from_float(X, 16)
         errors["wide"].append(_error_of_norm(norm, x, X))
         errors["per_channel"].append(_error_of_norm(norm, x, X, ChannelGrids.of(calib, 8)))
-        errors["per_token"].append(_error_of_norm(norm, _dyadic.from_float(X, 8), X))
+        errors["per_token"].append(_error_of_norm(norm, dyadic.from_float(X, 8), X))
     return [{"name": name, "value": sum(values) / len(values)} for name, values in errors.items()]
 
 

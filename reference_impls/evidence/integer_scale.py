@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import _quant
-from requant.reference_impls._group_codes import base_codes
 from requant.reference_impls._hessian import proxy_loss
 from requant.reference_impls._walk import named_linears
 from requant.reference_impls.integer_scale import (
@@ -23,6 +22,7 @@ from requant.reference_impls.integer_scale import (
     quantize,
     quantize_weight,
 )
+from requant.reference_impls.parts.integer_scale_codes import base_codes
 
 _LAYERS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from requant.reference_impls._logits import change_of_logits
 from requant.reference_impls._ranges import round_between, token_range
-from requant.reference_impls._thresholds import scale_of, shift_of, thresholds
 from requant.reference_impls.outlier_suppression_plus import Config, migrate, quantize_weight, search_scale
+from requant.reference_impls.parts.outlier_suppression_plus_thresholds import scale_of, shift_of, thresholds
 from requant.reference_impls.smoothquant import smoothing_factors
 
 

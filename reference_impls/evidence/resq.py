@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from requant.reference_impls._activation import bare
 from requant.reference_impls._anatomy import block_anatomies
-from requant.reference_impls._bases import Bases, find_bases, learnable, mixing
 from requant.reference_impls._hadamard import random_orthogonal
 from requant.reference_impls._logits import cost_in_nats
-from requant.reference_impls._moments import Moments, collect
 from requant.reference_impls._rotation import fuse_norms
 from requant.reference_impls._stiefel import skew_direction
 from requant.reference_impls._walk import copy_model, walk_blocks
+from requant.reference_impls.parts.resq_bases import Bases, find_bases, learnable, mixing
+from requant.reference_impls.parts.resq_moments import Moments, collect
 from requant.reference_impls.resq import Config, bases_of, quantize_parts, rotate, rounded_flow
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from requant.reference_impls import _quant
-from requant.reference_impls._clusters import Ranges, Rounding, cluster, grid
 from requant.reference_impls._hessian import proxy_loss
 from requant.reference_impls._logits import change_of_logits
+from requant.reference_impls.parts.rptq_clusters import Ranges, Rounding, cluster, grid
 from requant.reference_impls.rptq import Config, reorder, round_weight
 
 

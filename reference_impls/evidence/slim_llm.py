@@ -14,7 +14,7 @@ from requant.reference_impls._clipping import MixedClippedWeight
 from requant.reference_impls._hessian import damped, proxy_loss
 from requant.reference_impls._learn import output_error
 from requant.reference_impls._walk import copy_model, walk_blocks
-from requant.reference_impls._width_search import OBJECTIVES, divergence_from, group_salience
+from requant.reference_impls.parts.slim_llm_widths import OBJECTIVES, divergence_from, group_salience
 from requant.reference_impls.slim_llm import (
     COMPENSATIONS,
     Config,

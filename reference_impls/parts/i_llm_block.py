@@ -12,10 +12,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from requant.reference_impls import _dyadic
 from requant.reference_impls._anatomy import Heads, block_anatomies, require_pre_norm
-from requant.reference_impls._dyadic import Dyadic, align, constant, requantize
-from requant.reference_impls._integer_operators import (
+from requant.reference_impls._integer_product import integer_product
+from requant.reference_impls._quant import QuantizationError
+from requant.reference_impls._walk import UnsupportedModelError, decoder_blocks
+from requant.reference_impls.parts import i_llm_dyadic as dyadic
+from requant.reference_impls.parts.i_llm_dyadic import Dyadic, align, constant, requantize
+from requant.reference_impls.parts.i_llm_operators import (
     DIMatMul,
     DINorm,
     Scaled,
@@ -24,9 +27,6 @@ from requant.reference_impls._integer_operators import (
     rotary_tables,
     rotate,
 )
-from requant.reference_impls._integer_product import integer_product
-from requant.reference_impls._quant import QuantizationError
-from requant.reference_impls._walk import UnsupportedModelError, decoder_blocks
 
 _BLOCKS = {
     "LlamaDecoderLayer": "silu",
@@ -90,7 +90,7 @@ class IntegerBlock(nn.Module):
         scores, k_keys = align(
             integer_product(q.centered, k.centered.mT).long(), k.m.mT, k.k.mT, -1
         )  # [batch, n, seqlen, seqlen]
-        scale = _dyadic.normalize(q.m * self.scaling[0], q.k + k_keys + self.scaling[1])
+        scale = dyadic.normalize(q.m * self.scaling[0], q.k + k_keys + self.scaling[1])
         weights = di_clipped_softmax((scores, *scale), valid, cfg)
         # one scale for all tokens of a head, since it is them that are summed over
         values, coarsest = align(v.centered << 4, v.m, v.k, -2, coarse=True)
@@ -128,7 +128,7 @@ class IntegerBlock(nn.Module):
         return self.requantize(*self.norms[which](x), self.cfg.a_bits)
 
     def _add(self, x: Dyadic, y: Scaled) -> Dyadic:
-        return self.requantize(*_dyadic.add((x.centered, x.m, x.k), y), self.cfg.residual_bits)
+        return self.requantize(*dyadic.add((x.centered, x.m, x.k), y), self.cfg.residual_bits)
 
     @torch.no_grad()
     def forward(
@@ -143,7 +143,7 @@ class IntegerBlock(nn.Module):
             raise QuantizationError("integer blocks keep no cache; pass the whole text and use_cache=False")
         x = getattr(hidden_states, "dyadic", None)
         if x is None:  # the first block: where integers begin
-            x = _dyadic.from_float(hidden_states, self.cfg.residual_bits)
+            x = dyadic.from_float(hidden_states, self.cfg.residual_bits)
         n = hidden_states.shape[1]
         valid = attention_mask
         if valid is None:

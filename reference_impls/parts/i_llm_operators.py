@@ -1,6 +1,6 @@
 """The operators of I-LLM on integers (arXiv:2405.17849v2): products, exponential, softmax, SwiGLU and norms.
 
-They take and return dyadic numbers (`_dyadic`). Their `cfg` is i_llm.Config, or whatever else has nonlinear_bits,
+They take and return dyadic numbers (`i_llm_dyadic`). Their `cfg` is i_llm.Config, or whatever else has nonlinear_bits,
 softmax_clip and guard_bits.
 """
 
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from requant.reference_impls import _dyadic
-from requant.reference_impls._dyadic import Dyadic, align, constant, divide, shift
 from requant.reference_impls._integer_product import integer_product
+from requant.reference_impls.parts import i_llm_dyadic as dyadic
+from requant.reference_impls.parts.i_llm_dyadic import Dyadic, align, constant, divide, shift
 
 Scaled = tuple[Tensor, Tensor, Tensor]  # integers [..., n] with m and k [..., 1]: integers * m / 2^k
 
@@ -37,7 +37,7 @@ def di_clipped_softmax(scores: Scaled, valid: Tensor, cfg) -> Tensor:
 
     Scores more than softmax_clip below the largest one are moved up to there, and the rest has 8-bit codes.
     """
-    x, m, k = _dyadic.narrow(*scores)
+    x, m, k = dyadic.narrow(*scores)
     bits, top = cfg.nonlinear_bits, 2**cfg.nonlinear_bits - 1
     below = x.masked_fill(~valid, torch.iinfo(x.dtype).min >> 2).amax(-1, keepdim=True) - x
     below = below.masked_fill(~valid, 0)
@@ -45,8 +45,8 @@ def di_clipped_softmax(scores: Scaled, valid: Tensor, cfg) -> Tensor:
         span = below.amax(-1, keepdim=True).clamp(min=1)
     else:
         span = divide(shift(torch.full_like(k, cfg.softmax_clip), -k.clamp(max=40)), m).clamp(min=1)
-    m_level, k_level = _dyadic.normalize((span * m << 16) // top, k + 16)
-    n = (_dyadic.ilog2(span) - 20).clamp(min=0)
+    m_level, k_level = dyadic.normalize((span * m << 16) // top, k + 16)
+    n = (dyadic.ilog2(span) - 20).clamp(min=0)
     below, span = (shift(t, n).to(torch.int32) for t in (below.minimum(span), span))
     levels = divide(below * top, span)
     e = di_exp(-levels.long(), m_level, k_level, cfg.guard_bits).masked_fill(~valid, 0)
@@ -60,7 +60,7 @@ def di_swiglu(gate: Dyadic, up: Dyadic, inverse: tuple[Tensor, Tensor], cfg) -> 
     peak = x.amax(-1, keepdim=True).clamp(min=0)
     e, one = (di_exp(t, gate.m, k, cfg.guard_bits) for t in (x - peak, -peak))
     sigmoid = divide(e << (cfg.nonlinear_bits - 1), (e + one).clamp(min=1))
-    m, k = _dyadic.normalize(gate.m * up.m, gate.k + up.k + cfg.nonlinear_bits - 1)
+    m, k = dyadic.normalize(gate.m * up.m, gate.k + up.k + cfg.nonlinear_bits - 1)
     return gate.centered * sigmoid * up.centered, m, k
 
 
@@ -72,8 +72,8 @@ def di_norm(x: Dyadic, gain: tuple[Tensor, Tensor], eps: tuple[Tensor, Tensor]) 
     mean = mean + shift(
         divide(shift(eps[0], down.clamp(min=-50)), x.m * x.m), (down + 50).clamp(min=-16, max=0)
     )
-    fine = ((58 - _dyadic.ilog2(mean.clamp(min=1))) // 2).clamp(0, 20)
-    root = _dyadic.isqrt(mean << 2 * fine).clamp(min=1)
+    fine = ((58 - dyadic.ilog2(mean.clamp(min=1))) // 2).clamp(0, 20)
+    root = dyadic.isqrt(mean << 2 * fine).clamp(min=1)
     y, k = align(divide(c << (fine + 14), root), *(t[None] for t in gain), -1)
     return y, torch.ones_like(x.m), k + 14
 
@@ -81,7 +81,7 @@ def di_norm(x: Dyadic, gain: tuple[Tensor, Tensor], eps: tuple[Tensor, Tensor]) 
 def about_mean(x: Dyadic) -> Dyadic:
     """x minus the mean of each slice, in units fine enough for a 23-bit mean: what LayerNorm does before `di_norm`."""
     c = x.centered.long()
-    n = (22 - _dyadic.ilog2(c.abs().amax(-1, keepdim=True).clamp(min=1))).clamp(min=0)
+    n = (22 - dyadic.ilog2(c.abs().amax(-1, keepdim=True).clamp(min=1))).clamp(min=0)
     c = c << n
     c = c - divide(c.sum(-1, keepdim=True), c.shape[-1])
     return Dyadic(c, torch.zeros_like(n), x.m, x.k + n)
@@ -108,7 +108,7 @@ class ChannelGrids:
         codes = divide(shift(x.centered * x.m, x.k - self.k), self.m) + self.zero_point
         centered = codes.clamp(0, 2**self.bits - 1) - self.zero_point
         y, k = align(centered, self.m, self.k, -1)
-        y, m, k = _dyadic.narrow(y, torch.ones_like(x.m), k, bits=22)  # so that a sum of squares fits
+        y, m, k = dyadic.narrow(y, torch.ones_like(x.m), k, bits=22)  # so that a sum of squares fits
         return Dyadic(y, torch.zeros_like(k), m, k)
 
 
@@ -152,7 +152,7 @@ class DIMatMul(nn.Module):
 
 def rotate(y: Scaled, cos: Tensor, sin: Tensor) -> Scaled:
     """Rotary embedding of integers [..., seqlen, head_dim]; the tables are integers of 14 bits behind the point."""
-    x, m, k = _dyadic.narrow(*y)
+    x, m, k = dyadic.narrow(*y)
     half = x.shape[-1] // 2
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin, m, k + 14
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from requant.reference_impls._activation import bare
 from requant.reference_impls._anatomy import anatomy, heads
-from requant.reference_impls._basis_change import rotate_sublayers
 from requant.reference_impls._hadamard import random_orthogonal
-from requant.reference_impls._moments import collect
 from requant.reference_impls._places import RotatedNetwork, learn
 from requant.reference_impls._rotation import hadamard_before, rotate_stream, rotate_values
 from requant.reference_impls._walk import visit_blocks
+from requant.reference_impls.parts.resq_basis_change import rotate_sublayers
+from requant.reference_impls.parts.resq_moments import collect
 
 
 @dataclass(frozen=True)

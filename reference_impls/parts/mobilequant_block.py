@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from requant.reference_impls._anatomy import anatomy, gain_offset
 from requant.reference_impls._equivalence import folded, sites
 from requant.reference_impls._folded import Folded, query_key
-from requant.reference_impls._static_ranges import StaticRange
 from requant.reference_impls._straight_through import ClippingStrengths
 from requant.reference_impls._walk import Block, named_linears
+from requant.reference_impls.parts.mobilequant_ranges import StaticRange
 
 
 class MobileBlock(nn.Module):
