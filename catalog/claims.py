@@ -33,10 +33,10 @@ from requant.catalog.entry import (
     reported,
 )
 from requant.catalog.files import sha256
+from requant.catalog.measurement import CONTRADICTED, NOT_RUN, REPRODUCED, Measurement
 from requant.catalog.sharing import all_of, shared
 from requant.catalog.weights import AUTO
 
-REPRODUCED, CONTRADICTED, NOT_RUN = "reproduced", "contradicted", "not run"
 Values = dict[str, float]
 
 
@@ -67,41 +67,6 @@ class Options:
         if self.device != AUTO:
             return self.device
         return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """The outcome of one claim.
-
-    Attributes:
-        reported: what the claim says, as a number or a short text.
-        measured: what was found, as a number, or name -> number for orderings and findings; None if not run.
-        reason: why it was not run, or what was compared; empty only for a plain number within its bound.
-        seconds: wall time of this claim, runs shared with earlier claims not counted again.
-        failed: an error ended the measurement.
-        expected: the entry expects this claim to be contradicted.
-        details: further figures: standard error, KL divergence, versions of the protocol, seeds.
-    """
-
-    paper: str
-    claim: str
-    kind: str
-    reported: float | str | None
-    measured: float | Mapping[str, float] | None
-    state: str
-    reason: str
-    protocol: str | None
-    seconds: float = 0.0
-    failed: bool = False
-    expected: bool = False
-    details: Mapping[str, object] = field(default_factory=dict)
-
-    @property
-    def ok(self) -> bool:
-        """False where the run must fail: an error, an unexpected contradiction or an unexpected success."""
-        if self.failed:
-            return False
-        return self.state != (REPRODUCED if self.expected else CONTRADICTED)
 
 
 def measure(paper: Paper, claim: Claim, options: Options | None = None) -> Measurement:

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from requant.catalog.claims import NOT_RUN, Measurement, Options, measure
+from requant.catalog.claims import Options, measure
 from requant.catalog.entry import Paper
 from requant.catalog.loader import load_catalog
+from requant.catalog.measurement import NOT_RUN, Measurement
 from requant.catalog.parallel import died, one_thread
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from requant.catalog.files import write_atomic
 
 if TYPE_CHECKING:  # reading a ledger needs no torch
-    from requant.catalog.claims import Measurement
+    from requant.catalog.measurement import Measurement
 
 MEASURED = Path(__file__).parent / "measured"
 PACKAGES = ("requant", "torch", "transformers", "tokenizers", "triton", "lm-eval")

@@ -20,9 +20,10 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from requant.catalog.claims import NOT_RUN, Measurement, Options, measure, measure_all
+from requant.catalog.claims import Options, measure, measure_all
 from requant.catalog.entry import Claim, Paper, reported
 from requant.catalog.loader import load_catalog
+from requant.catalog.measurement import NOT_RUN, Measurement
 from requant.catalog.sharing import session
 
 _SPAWN = multiprocessing.get_context("spawn")

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 
 from requant.catalog.calibration import source_of
 from requant.catalog.checkpoints import protocol_of, tasks_for
-from requant.catalog.claims import NOT_RUN, Measurement, Options
+from requant.catalog.claims import Options
 from requant.catalog.corpus import DatasetUnavailable, text_file
 from requant.catalog.entry import (
     NO_IMPL,
@@ -31,6 +31,7 @@ from requant.catalog.entry import (
 from requant.catalog.gate import tokenizer_family
 from requant.catalog.inventory import memory_bytes
 from requant.catalog.machine import free_memory
+from requant.catalog.measurement import NOT_RUN, Measurement
 from requant.catalog.protocols import REFERENCE_TEXT, Protocol, get_protocol
 from requant.catalog.vocabulary import Vocab
 from requant.catalog.weights import AUTO, NotHere, locate, require_loadable

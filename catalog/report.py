@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from requant.catalog.claims import CONTRADICTED, NOT_RUN, REPRODUCED, Measurement
 from requant.catalog.entry import NO_IMPLEMENTATION
+from requant.catalog.measurement import CONTRADICTED, NOT_RUN, REPRODUCED, Measurement
 
 _STYLE = {REPRODUCED: "green", CONTRADICTED: "red", NOT_RUN: "yellow"}
 _MARK = {REPRODUCED: "=", CONTRADICTED: "x", NOT_RUN: "-"}  # states stay apart without colour

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from requant.catalog import ledger
 from requant.catalog.checks import EVIDENCE
-from requant.catalog.claims import NOT_RUN, Measurement
 from requant.catalog.code_hash import code_hash
 from requant.catalog.entry import NO_IMPL, UNSTATED, Claim, OrderingClaim, Paper, Run, as_plain
+from requant.catalog.measurement import NOT_RUN, Measurement
 from requant.catalog.protocols import get_protocol
 from requant.catalog.vocabulary import Vocab
 

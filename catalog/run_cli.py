@@ -39,7 +39,8 @@ from requant.catalog.terminal import (
 )
 
 if TYPE_CHECKING:
-    from requant.catalog.claims import Measurement, Options
+    from requant.catalog.claims import Options
+    from requant.catalog.measurement import Measurement
     from requant.catalog.plan import Eta, Planned
 
 app = typer.Typer()

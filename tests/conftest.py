@@ -13,14 +13,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-import torch
 
-if not torch.cuda.is_available():  # has to be there before triton is imported
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
-from requant.catalog.claims import NOT_RUN, Measurement
 from requant.catalog.ledger import record, records_json
 from requant.catalog.loader import load_catalog
+from requant.catalog.measurement import NOT_RUN, Measurement
 from requant.catalog.sharing import session
 
 MEASUREMENTS = pytest.StashKey[list[Measurement]]()
@@ -36,12 +32,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[MEASUREMENTS] = []
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
+    if hasattr(config, "workerinput") or config.getoption("dist", "no") == "no":
+        _set_up_torch()  # not where the tests run in other processes, which begin the sooner
     config.pluginmanager.register(ClaimProgress(config))
     together = ExitStack()
     together.enter_context(session())  # of the first process; those it starts find it open
     config.add_cleanup(together.close)
+
+
+def _set_up_torch() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    if not torch.cuda.is_available():  # has to be there before triton is imported
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -13,15 +13,7 @@ from compare_machines import findings
 from rich.console import Console
 
 from requant.catalog import claims, ledger
-from requant.catalog.claims import (
-    CONTRADICTED,
-    NOT_RUN,
-    REPRODUCED,
-    Measurement,
-    Options,
-    measure,
-    without_method,
-)
+from requant.catalog.claims import Options, measure, without_method
 from requant.catalog.entry import (
     BitsClaim,
     Expected,
@@ -35,6 +27,7 @@ from requant.catalog.entry import (
     Tolerance,
 )
 from requant.catalog.loader import load_catalog
+from requant.catalog.measurement import CONTRADICTED, NOT_RUN, REPRODUCED, Measurement
 from requant.catalog.reference.models import load_reference
 from requant.catalog.report import print_report, summary_line
 

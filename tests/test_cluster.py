@@ -10,11 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 from requant.catalog import cluster
-from requant.catalog.claims import NOT_RUN, Measurement, Options, measure
+from requant.catalog.claims import Options, measure
 from requant.catalog.cli import app
 from requant.catalog.cluster import ClusterError, measure_on_ray
 from requant.catalog.entry import Paper
 from requant.catalog.loader import load_catalog
+from requant.catalog.measurement import NOT_RUN, Measurement
 from requant.catalog.plan import Planned, plan
 
 ray = pytest.importorskip("ray", reason="the cluster extra is not installed")

@@ -14,13 +14,14 @@ import torch
 from typer.testing import CliRunner
 
 from requant.catalog import harness
-from requant.catalog.claims import CONTRADICTED, NOT_RUN, REPRODUCED, Options, measure
+from requant.catalog.claims import Options, measure
 from requant.catalog.cli import app
 from requant.catalog.corpus import documents
 from requant.catalog.entry import MeasuredClaim, Source, Tolerance
 from requant.catalog.evaluate import evaluate
 from requant.catalog.harness import _accuracy
 from requant.catalog.loader import load_catalog
+from requant.catalog.measurement import CONTRADICTED, NOT_RUN, REPRODUCED
 from requant.catalog.protocols import get_protocol
 from requant.catalog.quantize import Job, quantize_to_folder
 from requant.catalog.reference.models import load_reference

@@ -13,10 +13,11 @@ import torch
 from families import FAMILIES, IMPLS, TRANSFORMING, UNLIKE, VOCABULARY, made, small, tokens, widest
 from transformers import AutoModelForCausalLM, GPT2Config, T5Config, T5ForConditionalGeneration
 
-from requant.catalog.claims import CONTRADICTED, NOT_RUN, REPRODUCED, Options, measure
+from requant.catalog.claims import Options, measure
 from requant.catalog.context import load_impl
 from requant.catalog.entry import MeasuredClaim, Paper, Source, Tolerance
 from requant.catalog.loader import load_catalog
+from requant.catalog.measurement import CONTRADICTED, NOT_RUN, REPRODUCED
 from requant.catalog.reference.models import load_tokenizer
 from requant.reference_impls import smoothquant
 from requant.reference_impls._quant import QuantizationError

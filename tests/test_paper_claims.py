@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import pytest
 
-from requant.catalog.claims import CONTRADICTED, NOT_RUN, REPRODUCED, Options, measure, without_method
+from requant.catalog.claims import Options, measure, without_method
 from requant.catalog.entry import Claim, FindingClaim, OrderingClaim, Paper
 from requant.catalog.loader import load_catalog
+from requant.catalog.measurement import CONTRADICTED, NOT_RUN, REPRODUCED
 
 CLAIMS = [(paper, claim) for paper in load_catalog().papers.values() for claim in paper.claims]
 

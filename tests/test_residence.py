@@ -17,10 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from requant.catalog import spread
-from requant.catalog.claims import NOT_RUN, Options, measure
+from requant.catalog.claims import Options, measure
 from requant.catalog.context import load_impl
 from requant.catalog.entry import MeasuredClaim, Source, Tolerance
 from requant.catalog.loader import load_catalog
+from requant.catalog.measurement import NOT_RUN
 from requant.catalog.reference.models import load_tokenizer
 from requant.catalog.spread import NoRoom, load_spread
 from requant.reference_impls import _residence

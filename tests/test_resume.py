@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 
 from requant.catalog import code_hash as code_hash_module
 from requant.catalog import ledger, parallel, resume
-from requant.catalog.claims import NOT_RUN, Measurement
 from requant.catalog.cli import app
 from requant.catalog.code_hash import code_hash
 from requant.catalog.entry import Tolerance
 from requant.catalog.loader import load_catalog
+from requant.catalog.measurement import NOT_RUN, Measurement
 
 COMMAND = [sys.executable, "-m", "requant.catalog.cli", "run"]
 LINE = re.compile(r"\[\d+/\d+\] (\w+)-(\w+) ")

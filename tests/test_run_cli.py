@@ -11,9 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from requant.catalog import ledger, parallel, plan
-from requant.catalog.claims import Measurement, measure
+from requant.catalog.claims import measure
 from requant.catalog.cli import app
 from requant.catalog.loader import load_catalog
+from requant.catalog.measurement import Measurement
 from requant.catalog.terminal import max_memory
 
 RUNNER = CliRunner()

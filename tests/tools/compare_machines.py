@@ -18,8 +18,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from requant.catalog.claims import NOT_RUN
 from requant.catalog.loader import load_catalog
+from requant.catalog.measurement import NOT_RUN
 
 Records = Mapping[tuple[str, str], dict]
 
