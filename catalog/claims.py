@@ -182,9 +182,8 @@ def stored_bits_per_weight(impl, cfg: object, d_out: int, d_in: int) -> tuple[fl
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(d_out, d_in, generator=generator) / math.sqrt(d_in)
     X = torch.randn(256, d_in, generator=generator)
-    H = (X.T @ X / len(X)).fill_diagonal_(
-        2.0
-    )  # of inputs with much in common; positive definite, and quickly made
+    H = X.T @ X / len(X)
+    H.diagonal().add_(1.0)  # as if of many more inputs: positive definite, and quickly made
     packed = impl.pack_weight(W, H, cfg)
     bits, layer = storage_bits(packed) / W.numel(), _quant_linear(packed, cfg)
     if layer is None:
