@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -254,10 +256,12 @@ def _first_input(model: nn.Module, block: nn.Module, batch: Tensor) -> Tensor:
 def _block_kwargs(model: nn.Module, blocks: nn.ModuleList, batch: Tensor) -> list[dict]:
     """What the model passes to each block besides hidden states; taken from a one-sample forward pass.
 
-    Without padding these depend on the sequence length alone.
+    Without padding these depend on the sequence length alone, so that all blocks but the first may pass on what that
+    one gave instead of computing something.
     """
     seen: list[dict] = [{} for _ in blocks]
-    handles = []
+    first: list[Any] = []
+    handles = [blocks[0].register_forward_hook(lambda _module, _args, output: first.append(output))]
     for index, block in enumerate(blocks):
 
         def keep(_module: nn.Module, args: tuple, kwargs: dict, index: int = index) -> None:
@@ -269,7 +273,10 @@ def _block_kwargs(model: nn.Module, blocks: nn.ModuleList, batch: Tensor) -> lis
 
         handles.append(block.register_forward_pre_hook(keep, with_kwargs=True))
     try:
-        model.base_model(batch[:1].to(model.device), use_cache=False)
+        with ExitStack() as idle:
+            for block in list(blocks)[1:]:
+                idle.enter_context(mock.patch.object(block, "forward", lambda *_args, **_kwargs: first[0]))
+            model.base_model(batch[:1].to(model.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from requant.reference_impls import _quant, gptq, smoothquant
-from requant.reference_impls._activation import QuantInput
+from requant.reference_impls._activation import transform_inputs
 from requant.reference_impls._anatomy import anatomy
 from requant.reference_impls._calib import check_calib
 from requant.reference_impls._clip_search import grid_of_share, search_grid
@@ -31,7 +31,7 @@ from requant.reference_impls._outliers import (
     top_columns,
 )
 from requant.reference_impls._quant import QuantizationError
-from requant.reference_impls._walk import copy_model, replace_module, walk_blocks
+from requant.reference_impls._walk import copy_model, walk_blocks
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
         raise QuantizationError("w_bits and a_bits must be 2 or more")
     model = copy_model(model)
     peaks = smoothquant.channel_peaks(model, calib)  # of the unquantized model
-    found: list[tuple[nn.Linear, Config]] = []
+    found: list[tuple[Sequence[nn.Linear], Config]] = []
     for block in walk_blocks(model, calib):
         parts = anatomy(block.module)
         for stage in (
@@ -220,11 +220,9 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
             peak = peaks[stage[0]]
             own = layer_config(cfg, stage[0], stage[0] is parts.down, peak)
             _quantize_stage(stage, block.hessians({"first": stage[0]})["first"], own, peak)
-            found += [(linear, own) for linear in stage]
-    names = {id(module): name for name, module in model.named_modules()}
-    for linear, own in found:
+            found.append((stage, own))
+    for stage, own in found:
         if own.a_bits is not None:
-            base = other_columns(top_columns(peaks[linear], own.n_outliers), linear.in_features)
-            rounding = partial(round_inputs, bits=own.a_bits, base=base)
-            replace_module(model, names[id(linear)], QuantInput(linear, rounding))
+            base = other_columns(top_columns(peaks[stage[0]], own.n_outliers), stage[0].in_features)
+            transform_inputs(model, stage, partial(round_inputs, bits=own.a_bits, base=base))
     return model

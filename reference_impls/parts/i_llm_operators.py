@@ -28,7 +28,7 @@ def di_exp(x: Tensor, m: Tensor, k: Tensor, guard_bits: int) -> Tensor:
         min=1
     )  # to halve; also what exp(0) gives
     x = -x << guard_bits
-    q = torch.div(x, steps, rounding_mode="floor")
+    q = torch.div(x, steps, rounding_mode="trunc")  # both are positive
     return (steps - ((x - q * steps + 1) >> 1)) >> q.clamp(max=31)
 
 
@@ -39,8 +39,8 @@ def di_clipped_softmax(scores: Scaled, valid: Tensor, cfg) -> Tensor:
     """
     x, m, k = dyadic.narrow(*scores)
     bits, top = cfg.nonlinear_bits, 2**cfg.nonlinear_bits - 1
-    below = x.masked_fill(~valid, torch.iinfo(x.dtype).min >> 2).amax(-1, keepdim=True) - x
-    below = below.masked_fill(~valid, 0)
+    hidden = (~valid).to(x.dtype) * (torch.iinfo(x.dtype).min >> 2)
+    below = ((x + hidden).amax(-1, keepdim=True) - x).mul_(valid)
     if cfg.softmax_clip is None:
         span = below.amax(-1, keepdim=True).clamp(min=1)
     else:
@@ -49,7 +49,7 @@ def di_clipped_softmax(scores: Scaled, valid: Tensor, cfg) -> Tensor:
     n = (dyadic.ilog2(span) - 20).clamp(min=0)
     below, span = (shift(t, n).to(torch.int32) for t in (below.minimum(span), span))
     levels = divide(below * top, span)
-    e = di_exp(-levels.long(), m_level, k_level, cfg.guard_bits).masked_fill(~valid, 0)
+    e = di_exp(-levels.long(), m_level, k_level, cfg.guard_bits).mul_(valid)
     return divide(e << (bits - 1), e.sum(-1, keepdim=True).clamp(min=1)).to(torch.int32)
 
 
