@@ -22,8 +22,9 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
     The dtype of the result depends on the values, its entries never do.
     """
     peaks = int(a.abs().max()), int(b.abs().max())
-    small = max(peaks) <= _INT8 and a.shape[-1] * _INT8**2 < 2**31
-    if small and a.is_cpu and _has_vnni():
+    width = a.shape[-1]
+    small = max(peaks) <= _INT8 and width * _INT8**2 < 2**31
+    if small and width > 1 and a.is_cpu and _has_vnni():  # torch 2.13 errs where k is 1
         a, b = a.to(torch.int8), b.to(torch.int8)
         if b.ndim == 2:
             return torch._int_mm(a.flatten(0, -2), b).unflatten(0, a.shape[:-1])

@@ -225,7 +225,8 @@ def test_inverse_cholesky_inverts_or_raises() -> None:
 @pytest.mark.parametrize("vnni", [True, False])
 @pytest.mark.parametrize("peak", [1, 127, 128, 2**20, 2**40])
 @pytest.mark.parametrize(
-    ("left", "right"), [((3, 5), (5, 4)), ((2, 3, 70), (70, 9)), ((2, 3, 4, 6), (2, 3, 6, 5))]
+    ("left", "right"),
+    [((3, 5), (5, 4)), ((3, 1), (1, 4)), ((2, 3, 70), (70, 9)), ((2, 3, 4, 6), (2, 3, 6, 5))],
 )
 def test_integer_products_are_exact(left, right, peak: int, vnni: bool, monkeypatch) -> None:
     """In every width, with the largest values each may have, with int8 instructions and without."""
