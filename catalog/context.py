@@ -7,7 +7,6 @@ import functools
 import importlib.util
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from types import ModuleType
 
 import torch
@@ -18,6 +17,7 @@ from requant.catalog.evaluate import Evaluation, evaluate
 from requant.catalog.protocols import get_protocol
 from requant.catalog.reference import models
 from requant.catalog.sharing import shared
+from requant.reference_impls._walk import first_input
 
 ORDERING_PROTOCOL = "reference-kjv-256-spread/1"  # of orderings and findings
 
@@ -112,24 +112,13 @@ class Context:
         return Evaluation(**found | {"checks": checks, "first_tokens": first_tokens})
 
 
-class _Seen(Exception):
-    """Ends a forward pass once a layer's inputs are known."""
-
-
 @functools.lru_cache(maxsize=16)
 @torch.no_grad()
 def _layer(name: str, model: str, n_tokens: int, seed: int) -> tuple[Tensor, Tensor]:
     network = models.load_reference(model).model
-    linear, seen = network.get_submodule(name), []
-
-    def stop(_module: nn.Module, args: tuple) -> None:
-        seen.append(args[0].flatten(0, -2))
-        raise _Seen
-
-    linear.register_forward_pre_hook(stop)
-    with suppress(_Seen):
-        network(models.calibration_tokens(-(-n_tokens // 256), 256, seed))
-    return linear.weight.detach(), seen[0][:n_tokens]
+    linear = network.get_submodule(name)
+    X = first_input(network, linear, models.calibration_tokens(-(-n_tokens // 256), 256, seed))
+    return linear.weight.detach(), X.flatten(0, -2)[:n_tokens]
 
 
 def _run(impl: str, config: str, model: str, protocol: str, calib: tuple[int, int], seed: int) -> Evaluation:

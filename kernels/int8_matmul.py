@@ -242,10 +242,10 @@ def _float_product(x: Tensor, w: Tensor) -> Tensor:
 
 def integer_product(x: Tensor, w: Tensor) -> Tensor:
     """Exact int32 x @ w.T of int8 codes, through torch; rows and columns are padded to what CUDA's needs."""
-    if x.shape[1] == 1:  # torch 2.13 leaves the result unset on a CPU where w.T has strides (1, 1)
-        return x.int() * w.T.int()
     if not x.is_cuda:
-        return torch._int_mm(x, w.T) if has_fast_int_mm() else _float_product(x, w)
+        # torch 2.13 leaves the result unset where w.T has strides (1, 1)
+        fast = x.shape[1] > 1 and has_fast_int_mm()
+        return torch._int_mm(x, w.T) if fast else _float_product(x, w)
     rows, d_out = x.shape[0], w.shape[0]
     x = torch.nn.functional.pad(x, (0, -x.shape[1] % 8, 0, max(0, 24 - rows)))
     w = torch.nn.functional.pad(w, (0, -w.shape[1] % 8, 0, -d_out % 8))

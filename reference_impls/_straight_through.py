@@ -70,7 +70,7 @@ def affine_ste(
 
 
 class _RangeEnds(torch.autograd.Function):
-    """amin and amax of slices, whose own gradients take ten times as long: as many comparisons, but no integers."""
+    """amin and amax of slices, with a gradient that masks by products; their own takes three times as long."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:

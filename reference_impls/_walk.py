@@ -211,7 +211,7 @@ def walk_blocks(
     batches = batches_of(calib, batch_size)
     kwargs = {batch.shape[1]: batch for batch in batches}  # one batch of each length
     kwargs = {length: _block_kwargs(model, blocks, batch) for length, batch in kwargs.items()}
-    inputs = [kept(_full(_first_input(model, blocks[0], batch))) for batch in batches]
+    inputs = [kept(_full(first_input(model, blocks[0], batch))) for batch in batches]
     originals = inputs
     for index in range(len(blocks)):
         with _at_hand(blocks, index) as module:
@@ -236,7 +236,8 @@ def _full(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
 
 
-def _first_input(model: nn.Module, block: nn.Module, batch: Tensor) -> Tensor:
+def first_input(model: nn.Module, block: nn.Module, batch: Tensor) -> Tensor:
+    """What a block or any module inside a decoder is fed for tokens [n_samples, seqlen]; the pass ends there."""
     seen: list[Tensor] = []
 
     def stop(_module: nn.Module, args: tuple, kwargs: dict) -> None:

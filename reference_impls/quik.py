@@ -208,7 +208,7 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
         raise QuantizationError("w_bits and a_bits must be 2 or more")
     model = copy_model(model)
     peaks = smoothquant.channel_peaks(model, calib)  # of the unquantized model
-    found: list[tuple[Sequence[nn.Linear], Config]] = []
+    found: list[tuple[nn.Module, Sequence[nn.Linear], Config]] = []
     for block in walk_blocks(model, calib):
         parts = anatomy(block.module)
         for stage in (
@@ -220,9 +220,9 @@ def quantize(model: nn.Module, calib: Tensor | None, cfg: Config) -> nn.Module:
             peak = peaks[stage[0]]
             own = layer_config(cfg, stage[0], stage[0] is parts.down, peak)
             _quantize_stage(stage, block.hessians({"first": stage[0]})["first"], own, peak)
-            found.append((stage, own))
-    for stage, own in found:
+            found.append((block.module, stage, own))
+    for root, stage, own in found:
         if own.a_bits is not None:
             base = other_columns(top_columns(peaks[stage[0]], own.n_outliers), stage[0].in_features)
-            transform_inputs(model, stage, partial(round_inputs, bits=own.a_bits, base=base))
+            transform_inputs(root, stage, partial(round_inputs, bits=own.a_bits, base=base))
     return model

@@ -43,10 +43,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def _set_up_torch() -> None:
     import torch
 
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
     if not torch.cuda.is_available():  # has to be there before triton is imported
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    from requant.catalog.parallel import one_thread
+
+    one_thread()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig, OPTConfig
 
-from requant.reference_impls import _integer_product, _quant
+from requant.kernels import int8_matmul
+from requant.reference_impls import _quant
 from requant.reference_impls._activation import transform_attention
 from requant.reference_impls._anatomy import anatomy, block_anatomies, fold_channel_scale, require_pre_norm
 from requant.reference_impls._calib import check_calib
 from requant.reference_impls._equivalence import add_missing_biases, sites
 from requant.reference_impls._folded import Folded
 from requant.reference_impls._hessian import damped, gram, inverse_cholesky
+from requant.reference_impls._integer_product import integer_product
 from requant.reference_impls._quant import QuantizationError
 from requant.reference_impls._walk import UnsupportedModelError, decoder_blocks, named_linears, walk_blocks
 
@@ -230,10 +232,10 @@ def test_inverse_cholesky_inverts_or_raises() -> None:
 )
 def test_integer_products_are_exact(left, right, peak: int, vnni: bool, monkeypatch) -> None:
     """In every width, with the largest values each may have, with int8 instructions and without."""
-    monkeypatch.setattr(_integer_product, "_has_vnni", lambda: vnni)
+    monkeypatch.setattr(int8_matmul, "has_fast_int_mm", lambda: vnni)
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randint(-peak, peak + 1, size, generator=generator) for size in (left, right))
     a[..., 0, :] = peak
     b = b.clamp(-(2**16), 2**16)
     expected = (a[..., None].long() * b.unsqueeze(-3).long()).sum(-2)
-    assert torch.equal(_integer_product.integer_product(a, b).long(), expected)
+    assert torch.equal(integer_product(a, b).long(), expected)

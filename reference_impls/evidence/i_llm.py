@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from requant.kernels.int8_matmul import has_fast_int_mm
 from requant.reference_impls import _learn
 from requant.reference_impls._activation import transform_attention
 from requant.reference_impls._anatomy import block_anatomies
@@ -131,6 +132,7 @@ def no_float_inside_blocks(ctx) -> float:
     angles = torch.arange(256)[None, :, None] / 10000 ** (torch.arange(64) % 32 / 32)
     cases = ((ctx.reference(), rotary_tables(angles.cos(), angles.sin())), (small_opt(), ()))
     floats, cfg = 0.0, Config(norm_bits=8)
+    has_fast_int_mm()  # of products of integers: found out once in a process, by timing it against floats
     for model, tables in cases:
         block = settle(next(_any_factors(ctx, model, cfg)), model.config)
         inputs = torch.randn(1, 256, model.config.hidden_size, generator=torch.Generator().manual_seed(0))

@@ -39,8 +39,8 @@ def gap(record: dict) -> float | None:
 def findings(
     here: Records, there: Records, margins: Mapping[tuple[str, str], float]
 ) -> Iterator[tuple[str, ...]]:
-    """Rows (kind, claim, here, there) of claims that both machines measured."""
-    for key in sorted(here.keys() & there.keys()):
+    """Rows (kind, claim, here, there) of claims in `margins` that both machines measured."""
+    for key in sorted(here.keys() & there.keys() & margins.keys()):
         both = here[key], there[key]
         name, gaps = "-".join(key), [gap(record) for record in both]
         shown = [str(r["measured"]) if g is None else f"by {g:.4f}" for r, g in zip(both, gaps, strict=True)]
@@ -59,10 +59,9 @@ def main() -> int:
     parser.add_argument("files", nargs=2, type=Path, metavar="FILE")
     here, there = map(read, parser.parse_args().files)
     claims = {(p.id, c.id): c for p in load_catalog().papers.values() for c in p.claims}
-    known = [{key: r for key, r in records.items() if key in claims} for records in (here, there)]
     margins = {key: getattr(claim, "margin", None) or 0.0 for key, claim in claims.items()}
-    rows = list(findings(*known, margins))
-    moved, n_both = sum(row[0] == "moved" for row in rows), len(known[0].keys() & known[1].keys())
+    rows = list(findings(here, there, margins))
+    moved, n_both = sum(row[0] == "moved" for row in rows), len(here.keys() & there.keys() & margins.keys())
     lines = ["  ".join(row) for row in rows]
     sys.stdout.write(
         "\n".join([*lines, f"{n_both} claims in both: {moved} moved, {len(rows) - moved} near\n"])
